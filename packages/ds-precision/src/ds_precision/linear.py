@@ -1,0 +1,86 @@
+"""The one matrix product that every trained weight of the system passes through.
+
+Keras' own `Dense` would do for float32, but it leaves no place to change the arithmetic of
+all three products (forward, input gradient, weight gradient) at once, which is what FP8
+training (arXiv 2412.19437, section 3.3) needs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+
+def matmul(x: tf.Tensor, kernel: Any) -> tf.Tensor:
+    """Multiply the last axis of `x` by a weight matrix.
+
+    The leading axes are folded into one before the product: a batched product against a
+    broadcast matrix would make the weight's gradient once per batch row and then sum it.
+
+    Args:
+        x: `[..., in]`, floating.
+        kernel: `[in, out]`, tensor or variable of any float type; cast to the type of `x`.
+
+    Returns:
+        `[..., out]` in the type of `x`.
+    """
+    kernel = tf.cast(tf.convert_to_tensor(kernel), x.dtype)
+    if x.shape.rank == 2:
+        return tf.matmul(x, kernel)
+    inner, outer = kernel.shape
+    y = tf.matmul(tf.reshape(x, [-1, inner]), kernel)
+    leading = x.shape[:-1]
+    y = tf.reshape(y, tf.concat([tf.shape(x)[:-1], [outer]], 0))
+    return tf.ensure_shape(y, leading + [outer])
+
+
+@keras.saving.register_keras_serializable(package="ds_precision")
+class Linear(keras.layers.Layer):
+    """`x @ kernel (+ bias)`, with the released layers' names.
+
+    Args:
+        units: size of the output's last axis.
+        use_bias: whether a bias is added.
+        initializer_range: standard deviation of the normal initialiser [0.006 in V3].
+        **kwargs: of `keras.layers.Layer` (name, dtype policy, ...).
+    """
+
+    def __init__(
+        self, units: int, use_bias: bool = False, initializer_range: float = 0.02, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.units = units
+        self.use_bias = use_bias
+        self.initializer_range = initializer_range
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        """Create `kernel [in, out]` and, if asked for, `bias [out]`."""
+        self.kernel = self.add_weight(
+            name="kernel",
+            shape=(input_shape[-1], self.units),
+            initializer=keras.initializers.RandomNormal(stddev=self.initializer_range),
+        )
+        self.bias = (
+            self.add_weight(name="bias", shape=(self.units,), initializer="zeros")
+            if self.use_bias
+            else None
+        )
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        """Map `[..., in]` to `[..., units]`."""
+        y = matmul(x, self.kernel)
+        return y if self.bias is None else y + tf.cast(self.bias, y.dtype)
+
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        """Return `input_shape` with its last axis replaced by `units`."""
+        return (*input_shape[:-1], self.units)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what `from_config` needs to make an equal layer."""
+        return super().get_config() | {
+            "units": self.units,
+            "use_bias": self.use_bias,
+            "initializer_range": self.initializer_range,
+        }
