@@ -1,5 +1,17 @@
 """Number formats and the matrix products of DeepSeek-V3."""
 
+from ds_precision.block_scaling import BlockScaled, dequantize_blocks, quantize_blocks
+from ds_precision.formats import E4M3, E5M2, Format, cast
 from ds_precision.linear import Linear, matmul
 
-__all__ = ["Linear", "matmul"]
+__all__ = [
+    "E4M3",
+    "E5M2",
+    "BlockScaled",
+    "Format",
+    "Linear",
+    "cast",
+    "dequantize_blocks",
+    "matmul",
+    "quantize_blocks",
+]
