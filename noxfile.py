@@ -1,0 +1,289 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["nox[uv]>=2026.4", "packaging"]
+# ///
+"""The menu: everything that a contributor or CI does is one session here.
+
+`python3 dev.py SESSION` brings nox itself; with nox installed it is `nox -s SESSION`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tomllib
+from pathlib import Path
+
+import nox
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+nox.options.default_venv_backend = "uv"
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["check"]
+
+ROOT = Path(__file__).parent
+DIST = ROOT / "dist"
+UV = (sys.executable, "-m", "uv")  # the uv that nox[uv] brought, never one from PATH
+GROUPS = nox.project.load_toml(ROOT / "pyproject.toml")
+PROJECTS = {
+    path.parent.name: tomllib.loads(path.read_text())["project"]
+    for path in sorted((ROOT / "packages").glob("*/pyproject.toml"))
+}
+QUIET = {"TF_CPP_MIN_LOG_LEVEL": "2"}
+COVERAGE = 90  # per cent of each package's lines and branches, by its own tests alone
+
+
+def siblings_of(package: str) -> dict[str, Requirement]:
+    """Return the ranges on its siblings that a package declares, by name, theirs included."""
+    found: dict[str, Requirement] = {}
+    for line in PROJECTS[package]["dependencies"]:
+        requirement = Requirement(line)
+        if requirement.name in PROJECTS:
+            found |= siblings_of(requirement.name) | {requirement.name: requirement}
+    return found
+
+
+LOWEST_FIRST = sorted(PROJECTS, key=lambda name: len(siblings_of(name)))
+per_package = nox.parametrize(
+    "package", [nox.param(name, id=name, tags=[name]) for name in LOWEST_FIRST]
+)
+
+
+# ---------------------------------------------------------------- for everyone
+
+
+@nox.session
+def quickstart(session: nox.Session) -> None:
+    """Train a small DeepSeek-V3 on two centuries of speeches, and let it write (6 minutes)."""
+    install_wheels(session, "ds-train[plot]")
+    session.run("ds-train", "quickstart", *session.posargs, env=QUIET)
+
+
+@nox.session(venv_backend="none")
+def check(session: nox.Session) -> None:
+    """Run everything that CI runs: lint, interfaces, tools, tests, parity, compat, docs."""
+    for name in ("lint", "interfaces", "tools", "tests", "parity", "compat", "docs"):
+        session.notify(name)
+
+
+@nox.session(venv_backend="none")
+def dev(session: nox.Session) -> None:
+    """Make .venv with all six packages editable, every tool, and the commit hooks."""
+    session.run(*UV, "venv", "-q", "--allow-existing", "--python", sys.executable, ".venv")
+    editable = [f"packages/{name}" for name in PROJECTS if name != "ds-train"]
+    editable.append("packages/ds-train[plot]")
+    arguments = [word for path in editable for word in ("--editable", path)]
+    session.run(*UV, "pip", "install", "-q", "--python", ".venv", "--group", "dev", *arguments)
+    scripts = ROOT / ".venv" / ("Scripts" if sys.platform == "win32" else "bin")
+    if (ROOT / ".git").exists():
+        session.run(str(scripts / "pre-commit"), "install", external=True)
+    session.log(f"ready: source {scripts.relative_to(ROOT) / 'activate'}")
+
+
+# ---------------------------------------------------------------- what CI runs
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style, types, spelling, layers and interfaces on every file, as pre-commit does."""
+    session.install("pre-commit>=4")
+    session.run("pre-commit", "run", "--all-files", "--show-diff-on-failure", "--color=never")
+
+
+@nox.session
+def interfaces(session: nox.Session) -> None:
+    """Compare public names and signatures with the snapshots; `-- --write` refreshes them."""
+    session.install(*nox.project.dependency_groups(GROUPS, "tools"))
+    session.run("python", "tools/interfaces.py", *session.posargs)
+
+
+@nox.session
+def tools(session: nox.Session) -> None:
+    """Test the workshop itself: interface check, layers, releases in a temporary clone."""
+    session.install(*nox.project.dependency_groups(GROUPS, "tools"))
+    session.run("pytest", "-q", "tools/tests", *session.posargs)
+
+
+@nox.session
+@per_package
+def tests(session: nox.Session, package: str) -> None:
+    """Test one package: its wheel, its declared dependencies and nothing else."""
+    test_wheel(session, package, build_wheels(session))
+
+
+@nox.session
+@per_package
+def compat(session: nox.Session, package: str) -> None:
+    """Test one package beside the oldest release of each sibling that its ranges admit."""
+    siblings = siblings_of(package)
+    if not siblings:
+        session.skip(f"{package} has no siblings")
+    wheels = build_wheels(session)
+    for name, requirement in siblings.items():
+        released = oldest_release(session, requirement)
+        if released is None:
+            session.log(f"{requirement}: no release is tagged yet, so the current one stands in")
+        else:
+            session.log(f"{requirement}: {released.name}")
+            wheels[name] = released
+    test_wheel(session, package, wheels, cover=False)
+
+
+@nox.session(venv_backend="venv")
+def parity(session: nox.Session) -> None:
+    """Compare the model with transformers on torch: logits, gradients, text, training."""
+    install_peer(session)
+    install_wheels(session, "ds-model", "ds-train[plot]")
+    session.run("pytest", "-q", "parity", *session.posargs, env=QUIET)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the site strictly into build/site, and run every example in it and in the READMEs."""
+    install_docs(session)
+    session.run("mkdocs", "build", "--strict", "--quiet", env={"NO_MKDOCS_2_WARNING": "1"})
+    pages = ["README.md", "docs", *(f"packages/{name}/README.md" for name in PROJECTS)]
+    session.run("pytest", "-q", "--markdown-docs", *pages, *session.posargs, env=QUIET)
+
+
+# ---------------------------------------------------------------- when you need them
+
+
+@nox.session(name="docs-serve")
+def docs_serve(session: nox.Session) -> None:
+    """Show the site at http://127.0.0.1:8000 and rebuild it at each change."""
+    install_docs(session)
+    session.run("mkdocs", "serve", *session.posargs, env={"NO_MKDOCS_2_WARNING": "1"})
+
+
+@nox.session
+@per_package
+def gpu(session: nox.Session, package: str) -> None:
+    """Run one package's tests that are marked `gpu`; says so where there is no GPU."""
+    if not Path("/dev/nvidia0").exists():
+        session.skip("no NVIDIA GPU on this machine (/dev/nvidia0 is missing)")
+    install_wheels(session, f"{package}[gpu]")
+    session.install(*nox.project.dependency_groups(GROUPS, "test"))
+    session.chdir(ROOT / "packages" / package)
+    none_marked = 5  # pytest's exit code for "no test selected"
+    session.run("pytest", "-q", "-m", "gpu", *session.posargs, success_codes=[0, none_marked])
+
+
+@nox.session(venv_backend="venv")
+def bench(session: nox.Session) -> None:
+    """Time training, prefill and decode beside transformers; writes docs/benchmarks.md."""
+    install_peer(session)
+    install_wheels(session, "ds-model", "ds-train")
+    session.run("python", "tools/bench.py", *session.posargs, env=QUIET)
+
+
+@nox.session
+def release(session: nox.Session) -> None:
+    """Release one package: `nox -s release -- ds-moe minor` (or major, patch)."""
+    session.install(*nox.project.dependency_groups(GROUPS, "tools"), "build[uv]")
+    session.run("python", "tools/release.py", *session.posargs)
+
+
+# ---------------------------------------------------------------- how they do it
+
+
+def build_wheels(session: nox.Session) -> dict[str, Path]:
+    """Build every package's wheel from the working tree, once a nox run."""
+    if not _BUILT:
+        shutil.rmtree(DIST, ignore_errors=True)
+        for name, project in PROJECTS.items():
+            _BUILT[name] = build(session, ROOT / "packages" / name, DIST, project["version"])
+    return dict(_BUILT)
+
+
+_BUILT: dict[str, Path] = {}
+
+
+def build(session: nox.Session, source: Path, out: Path, version: str) -> Path:
+    """Build one wheel from `source` into `out` and return its path."""
+    session.run(*UV, "build", "-q", "--wheel", "--out-dir", str(out), str(source), external=True)
+    return next(out.glob(f"{source.name.replace('-', '_')}-{version}-*.whl"))
+
+
+def install_wheels(
+    session: nox.Session, *wanted: str, wheels: dict[str, Path] | None = None
+) -> None:
+    """Install packages from wheels built here, and their siblings never from anywhere else.
+
+    Args:
+        session: the session whose environment is filled.
+        wanted: package names, each with extras or without, such as "ds-train[plot]".
+        wheels: the wheel of each package; built from the working tree where not given.
+    """
+    wheels = wheels or build_wheels(session)
+    pins = Path(session.create_tmp()) / "siblings.txt"
+    pins.write_text("".join(f"{name} @ {path.as_uri()}\n" for name, path in wheels.items()))
+    targets = [f"{name} @ {wheels[name.partition('[')[0]].as_uri()}" for name in wanted]
+    names = {name.partition("[")[0] for name in wanted}
+    names |= {sibling for name in names for sibling in siblings_of(name)}
+    # The version does not change with the sources, so drop what the last run left here.
+    session.run(*UV, "pip", "uninstall", "-q", "--python", python_of(session), *sorted(names))
+    session.install("-q", "--constraint", str(pins), *targets)
+
+
+def python_of(session: nox.Session) -> str:
+    """Return the path of the session's own interpreter."""
+    folder = Path(session.virtualenv.location)
+    windows = folder / "Scripts" / "python.exe"
+    return str(windows if windows.exists() else folder / "bin" / "python")
+
+
+def oldest_release(session: nox.Session, requirement: Requirement) -> Path | None:
+    """Return the wheel of the oldest tagged release that a range admits, or None."""
+    name = requirement.name
+    listing = session.run("git", "tag", "--list", f"{name}-v*", silent=True, external=True)
+    versions = sorted(Version(tag.removeprefix(f"{name}-v")) for tag in str(listing).split())
+    oldest = next(iter(requirement.specifier.filter(versions)), None)
+    if oldest is None:
+        return None
+    folder = ROOT / ".nox" / "released" / f"{name}-v{oldest}"
+    if not folder.exists():
+        source = Path(session.create_tmp()) / name
+        shutil.rmtree(source, ignore_errors=True)
+        source.mkdir(parents=True)
+        tree = f"{name}-v{oldest}:packages/{name}"
+        session.run("git", "archive", "-o", str(source / "tree.tar"), tree, external=True)
+        shutil.unpack_archive(source / "tree.tar", source, filter="data")
+        build(session, source, folder, str(oldest))
+    return next(folder.glob("*.whl"))
+
+
+def test_wheel(
+    session: nox.Session, package: str, wheels: dict[str, Path], *, cover: bool = True
+) -> None:
+    """Install one package's wheel beside the given siblings' wheels, and test it alone."""
+    extra = "[plot]" if "plot" in PROJECTS[package].get("optional-dependencies", {}) else ""
+    session.install("-q", *nox.project.dependency_groups(GROUPS, "test"))
+    install_wheels(session, f"{package}{extra}", wheels=wheels)
+    session.chdir(ROOT / "packages" / package)  # src layout: only the wheel can be imported
+    session.run("deptry", "src", silent=True)
+    coverage = [
+        f"--cov={package.replace('-', '_')}",
+        f"--cov-config={ROOT / 'pyproject.toml'}",
+        f"--cov-fail-under={COVERAGE}",
+    ]
+    session.run("pytest", "-q", *(coverage if cover else ()), *session.posargs, env=QUIET)
+
+
+def install_peer(session: nox.Session) -> None:
+    """Install transformers and torch, with pip: see the sessions that use it."""
+    # uv and Poetry would fetch torch's CUDA build, three gigabytes, where pip can be given one for
+    # the CPU. So torch is in no dependency group and in no lock.
+    groups = nox.project.dependency_groups(GROUPS, "parity")
+    session.install("-q", "--prefer-binary", "torch==2.13.0", *groups)
+
+
+def install_docs(session: nox.Session) -> None:
+    """Install what the site and its examples need."""
+    session.install("-q", *nox.project.dependency_groups(GROUPS, "docs"))
+    install_wheels(session, "ds-train[plot]", "ds-serve")
+
+
+if __name__ == "__main__":
+    nox.main()
