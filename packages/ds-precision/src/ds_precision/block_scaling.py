@@ -78,7 +78,7 @@ def quantize_blocks(
     """
     _check_block(block)
     x = tf.cast(x, tf.float32)
-    if x.shape.rank is not None and x.shape.rank < 2:
+    if x.shape.rank in (0, 1):
         raise ValueError(f"x has shape {x.shape}; block scaling needs [..., rows, columns]")
     shape = tf.shape(x)
     padded = _pad_to_blocks(x, block)
@@ -115,8 +115,10 @@ def dequantize_blocks(scaled: BlockScaled, dtype: tf.DType = tf.float32) -> tf.T
 
 
 def _check_block(block: tuple[int, int]) -> None:
-    if len(block) != 2 or any(not isinstance(n, int) or n < 1 for n in block):
-        raise ValueError(f"block is {block}; it must be two positive numbers, such as (128, 128)")
+    match block:
+        case (int(rows), int(columns)) if rows > 0 and columns > 0:
+            return
+    raise ValueError(f"block is {block}; it must be two positive numbers, such as (128, 128)")
 
 
 def _check_scales(scaled: BlockScaled) -> None:
