@@ -7,3 +7,7 @@ class ConfigError(ValueError):
 
 class CheckpointError(ValueError):
     """A checkpoint can't be read as the model that its configuration describes."""
+
+
+class TokenizerError(ValueError):
+    """A tokenizer can't be read, trained or used as asked; the message is one line."""

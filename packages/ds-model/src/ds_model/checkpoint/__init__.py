@@ -1,0 +1,7 @@
+"""Checkpoints in the released Hugging Face layout, read and written without `transformers`."""
+
+from ds_model.checkpoint.checking import mtp_depth_present
+from ds_model.checkpoint.loading import load_into
+from ds_model.checkpoint.saving import save
+
+__all__ = ["load_into", "mtp_depth_present", "save"]

@@ -1,0 +1,168 @@
+"""Reading a released directory: which file holds which tensor, checked before anything is loaded.
+
+One `model.safetensors`, or shards named by `model.safetensors.index.json`. Files are memory-mapped
+by `safetensors`, which also refuses headers that lie about sizes or overlap.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from ds_model.checkpoint.layout import Shape
+from ds_model.errors import CheckpointError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+READABLE = ("F32", "BF16", "F16")
+_MAX_INDEX_BYTES = 64 * 2**20  # V3's own index is 9 MB; a lying one must not fill memory
+
+
+class TensorFiles:
+    """The tensors of one directory, read by name; a context manager that holds the files open.
+
+    Args:
+        directory: holds `model.safetensors`, or an index and its shards.
+
+    Raises:
+        CheckpointError: no such directory, no weights, a broken or missing file, an index that
+            names a file outside the directory or a tensor that its file does not hold.
+    """
+
+    def __init__(self, directory: Path | str) -> None:
+        self._directory = check_directory(directory)
+        self._stack = ExitStack()
+        self._files: dict[str, Any] = {}
+        self.file_of: dict[str, str] = {}
+        with self._stack:  # closes what is open when a later file turns out to be broken
+            self._open_all()
+            self._stack = self._stack.pop_all()
+
+    def __enter__(self) -> Self:
+        """Return the open files."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the files."""
+        self._stack.close()
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors, in the order of the files."""
+        return list(self.file_of)
+
+    def shape(self, name: str) -> Shape:
+        """Shape of a tensor, from the header."""
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """Dtype of a tensor as safetensors names it, such as `BF16`, from the header."""
+        return str(self._slice(name).get_dtype())
+
+    def read(self, name: str) -> NDArray[np.generic]:
+        """The tensor as a numpy array (BF16 as `ml_dtypes.bfloat16`).
+
+        Raises:
+            CheckpointError: a dtype other than F32, BF16 and F16.
+        """
+        self.check_dtype(name)
+        array: NDArray[np.generic] = self._files[self.file_of[name]].get_tensor(name)
+        return array
+
+    def check_dtype(self, name: str) -> None:
+        """Refuse a tensor that can't be read.
+
+        Raises:
+            CheckpointError: a dtype other than F32, BF16 and F16.
+        """
+        dtype = self.dtype(name)
+        if dtype not in READABLE:
+            hint = "convert the checkpoint to BF16 first" if dtype.startswith("F8") else "not read"
+            message = f"tensor {name} has dtype {dtype}, and {', '.join(READABLE)} are read: {hint}"
+            raise CheckpointError(message)
+
+    def _slice(self, name: str) -> Any:  # safetensors' slice has no public type
+        return self._files[self.file_of[name]].get_slice(name)
+
+    def _open_all(self) -> None:
+        if (self._directory / SINGLE).is_file():
+            for name in self._open(SINGLE):
+                self.file_of[name] = SINGLE
+            return
+        if not (self._directory / INDEX).is_file():
+            raise CheckpointError(f"{self._directory} holds neither {SINGLE} nor {INDEX}")
+        listed = _read_index(self._directory / INDEX)
+        for file in dict.fromkeys(listed.values()):
+            for name in self._open(file):
+                if name in self.file_of:
+                    message = f"tensor {name} is in both {self.file_of[name]} and {file}"
+                    raise CheckpointError(message)
+                self.file_of[name] = file
+        for name, file in listed.items():
+            if self.file_of.get(name) != file:
+                raise CheckpointError(f"{INDEX} places tensor {name} in {file}, which lacks it")
+
+    def _open(self, file: str) -> Iterator[str]:
+        path = self._directory / file
+        if not path.is_file():
+            raise CheckpointError(f"{INDEX} names {file}, which is not in {self._directory}")
+        try:
+            handle = self._stack.enter_context(safe_open(path, framework="numpy"))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is no readable safetensors file: {error}") from error
+        self._files[file] = handle
+        yield from handle.keys()
+
+
+def check_directory(directory: Path | str) -> Path:
+    """The directory as a path.
+
+    Raises:
+        CheckpointError: it does not exist, or is a file.
+    """
+    path = Path(directory)
+    if not path.is_dir():
+        what = "a file" if path.exists() else "missing"
+        raise CheckpointError(f"{path} is {what}: a checkpoint is a directory with config.json")
+    return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of bounded size.
+
+    Raises:
+        CheckpointError: missing, too large, not UTF-8, not JSON, or not an object.
+    """
+    try:
+        if path.stat().st_size > _MAX_INDEX_BYTES:
+            raise CheckpointError(f"{path} is larger than {_MAX_INDEX_BYTES // 2**20} MiB")
+        value = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, and holds {type(value).__name__}")
+    return value
+
+
+def _read_index(path: Path) -> Mapping[str, str]:
+    listed = read_json(path).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise CheckpointError(f"{path} has no weight_map from tensor names to file names")
+    for name, file in listed.items():
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+            message = f"{path} places tensor {name} in {file!r}, not a file name in its directory"
+            raise CheckpointError(message)
+    return listed
