@@ -1,0 +1,199 @@
+"""One typed TOML file for a training run.
+
+Defaults are DeepSeek-V3's (arXiv 2412.19437, section 4.2) where a run of any size can use
+them; phases are fractions of the run, as 14.8T tokens would not fit. `ds-train init-config`
+prints a file with every key.
+"""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from ds_model import ConfigError, ModelConfig
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ds_train.errors import TrainConfigError
+from ds_train.schedule import WarmupConstantCosine
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+class ModelTable(_Table):
+    """`[model]`: a preset, and any field of `config.json` to set otherwise."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    preset: str = "mini"
+
+    def build(self) -> ModelConfig:
+        """Returns the model's configuration.
+
+        Raises:
+            ds_model.ConfigError: If the preset or a field is unknown, or a value is bad.
+        """
+        return ModelConfig.preset(self.preset).replace(**(self.model_extra or {}))
+
+
+class DataTable(_Table):
+    """`[data]`: which files are documents, how they are packed, which are held out."""
+
+    suffixes: tuple[str, ...] = ()
+    sequence_length: Positive = 256
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.05
+
+
+class OptimizerTable(_Table):
+    """`[optimizer]`: AdamW and gradient clipping."""
+
+    beta_1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta_2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+
+
+class ScheduleTable(_Table):
+    """`[schedule]`: warm-up, constant, cosine, two tails; ends as fractions of the run."""
+
+    peak: Annotated[float, Field(gt=0)] = 2.2e-4
+    floor: Annotated[float, Field(ge=0)] = 2.2e-5
+    final: Annotated[float, Field(ge=0)] = 7.3e-6
+    warmup_steps: Annotated[int, Field(ge=0)] = 2000
+    constant_until: Fraction = 0.676
+    cosine_until: Fraction = 0.966
+    tail_until: Fraction = 0.989
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if not self.constant_until <= self.cosine_until <= self.tail_until:
+            msg = "the phases must end in order: constant_until <= cosine_until <= tail_until"
+            raise ValueError(msg)
+        return self
+
+
+class LossTable(_Table):
+    """`[loss]`: multi-token prediction, and the two ways of balancing experts."""
+
+    mtp_weight: Annotated[float, Field(ge=0)] = 0.3
+    mtp_weight_late: Annotated[float, Field(ge=0)] = 0.1
+    mtp_late_from: Fraction = 0.676
+    balance_alpha: Annotated[float, Field(ge=0)] = 1e-4
+    bias_update_speed: Annotated[float, Field(ge=0)] = 1e-3
+    bias_update_until: Fraction = 0.966
+
+
+class TrainTable(_Table):
+    """`[train]`: how long, how much at a time, in what precision."""
+
+    steps: Positive = 1000
+    batch_size: Positive = 8
+    accumulation: Positive = 1
+    seed: Annotated[int, Field(ge=0)] = 0
+    dtype_policy: Literal["float32", "mixed_bfloat16"] = "float32"
+    log_every: Positive = 10
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.batch_size % self.accumulation:
+            msg = (
+                f"accumulation = {self.accumulation} must divide batch_size = {self.batch_size} "
+                "(sequences an optimizer step, over all micro-batches)"
+            )
+            raise ValueError(msg)
+        return self
+
+
+class CheckpointTable(_Table):
+    """`[checkpoint]`: how often, and how many are kept."""
+
+    every: Positive = 100
+    keep: Positive = 2
+
+
+class TrainConfig(_Table):
+    """Everything that decides a training run, beside its text.
+
+    Attributes:
+        model: Which model.
+        data: Documents and packing.
+        optimizer: AdamW and clipping.
+        schedule: Learning rate.
+        loss: Weights of the losses, and the bias update.
+        train: Steps, batch, seed, precision.
+        checkpoint: How often to save.
+    """
+
+    model: ModelTable = ModelTable()
+    data: DataTable = DataTable()
+    optimizer: OptimizerTable = OptimizerTable()
+    schedule: ScheduleTable = ScheduleTable()
+    loss: LossTable = LossTable()
+    train: TrainTable = TrainTable()
+    checkpoint: CheckpointTable = CheckpointTable()
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Self:
+        """Reads a TOML file.
+
+        Raises:
+            TrainConfigError: If the file is missing or not TOML, a key is unknown, or a value
+                is bad; one line that says what would be right.
+        """
+        try:
+            tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            msg = f"{path}: cannot be read ({error.strerror}); `ds-train init-config` prints one"
+            raise TrainConfigError(msg) from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            msg = f"{path}: not a TOML file: {error}"
+            raise TrainConfigError(msg) from error
+        return cls.from_dict(tables, source=str(path))
+
+    @classmethod
+    def from_dict(cls, tables: dict[str, Any], source: str = "config") -> Self:
+        """Checks nested tables, the model's fields included; as `from_file` otherwise."""
+        try:
+            config = cls.model_validate(tables)
+        except ValidationError as error:
+            raise TrainConfigError(f"{source}: {_first_line(cls, error)}") from error
+        try:
+            config.model.build()
+        except ConfigError as error:
+            raise TrainConfigError(f"{source}: [model] {error}") from error
+        return config
+
+    def learning_rate(self) -> WarmupConstantCosine:
+        """Returns the schedule in steps of this run; warm-up never passes its first phase."""
+        table, steps = self.schedule, self.train.steps
+        constant_until = max(round(table.constant_until * steps), min(table.warmup_steps, steps))
+        cosine_until = max(round(table.cosine_until * steps), constant_until)
+        return WarmupConstantCosine(
+            peak=table.peak,
+            floor=table.floor,
+            final=table.final,
+            warmup_steps=min(table.warmup_steps, constant_until),
+            constant_until=constant_until,
+            cosine_until=cosine_until,
+            tail_until=max(round(table.tail_until * steps), cosine_until),
+        )
+
+
+def _first_line(cls: type[BaseModel], error: ValidationError) -> str:
+    """Says the first thing that is wrong: table, key, value, what would be right."""
+    first = error.errors()[0]
+    *tables, key = [str(part) for part in first["loc"]] or ["config"]
+    where = f"[{'.'.join(tables)}] {key}" if tables else f"[{key}]"
+    if first["type"] == "extra_forbidden":
+        known: dict[str, Any] = cls.model_fields
+        for name in tables:
+            known = known[name].annotation.model_fields
+        return f"{where}: unknown key; known here: {', '.join(known)}"
+    if first["type"] == "value_error":
+        return f"{where}: {first['ctx']['error']}"
+    said = first["msg"].replace("Input should", "should")
+    return f"{where} = {first['input']!r}: {said}"

@@ -1,0 +1,15 @@
+"""How good a model is: bits per byte on held-out documents, beside three yardsticks."""
+
+from ds_train.evaluation.ngram import ByteNgram
+from ds_train.evaluation.yardsticks import (
+    ngram_bits_per_byte,
+    unigram_bits_per_byte,
+    xz_bits_per_byte,
+)
+
+__all__ = [
+    "ByteNgram",
+    "ngram_bits_per_byte",
+    "unigram_bits_per_byte",
+    "xz_bits_per_byte",
+]
