@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
         found = ".".join(map(str, sys.version_info[:3]))
         sys.exit(f"Python is {found}; the packages need 3.11, 3.12 or 3.13: call dev.py with one.")
     bring_nox()
-    command = [BIN / "python", "-m", "nox", "--noxfile", ROOT / "noxfile.py"]
+    command = [str(BIN / "python"), "-m", "nox", "--noxfile", str(ROOT / "noxfile.py")]
     command += ["--session", *arguments] if arguments else ["--list"]
     return subprocess.run(command, check=False).returncode
 

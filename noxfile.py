@@ -30,6 +30,7 @@ PROJECTS = {
     path.parent.name: tomllib.loads(path.read_text())["project"]
     for path in sorted((ROOT / "packages").glob("*/pyproject.toml"))
 }
+BUILT: dict[str, Path] = {}  # the wheels that this nox run has built
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "2"}
 COVERAGE = 90  # per cent of each package's lines and branches, by its own tests alone
 
@@ -109,7 +110,7 @@ def tools(session: nox.Session) -> None:
 @per_package
 def tests(session: nox.Session, package: str) -> None:
     """Test one package: its wheel, its declared dependencies and nothing else."""
-    test_wheel(session, package, build_wheels(session))
+    run_tests(session, package, wheels_for(session, package))
 
 
 @nox.session
@@ -119,7 +120,7 @@ def compat(session: nox.Session, package: str) -> None:
     siblings = siblings_of(package)
     if not siblings:
         session.skip(f"{package} has no siblings")
-    wheels = build_wheels(session)
+    wheels = wheels_for(session, package)
     for name, requirement in siblings.items():
         released = oldest_release(session, requirement)
         if released is None:
@@ -127,7 +128,7 @@ def compat(session: nox.Session, package: str) -> None:
         else:
             session.log(f"{requirement}: {released.name}")
             wheels[name] = released
-    test_wheel(session, package, wheels, cover=False)
+    run_tests(session, package, wheels, cover=False)
 
 
 @nox.session(venv_backend="venv")
@@ -188,22 +189,21 @@ def release(session: nox.Session) -> None:
 # ---------------------------------------------------------------- how they do it
 
 
-def build_wheels(session: nox.Session) -> dict[str, Path]:
-    """Build every package's wheel from the working tree, once a nox run."""
-    if not _BUILT:
-        shutil.rmtree(DIST, ignore_errors=True)
-        for name, project in PROJECTS.items():
-            _BUILT[name] = build(session, ROOT / "packages" / name, DIST, project["version"])
-    return dict(_BUILT)
+def wheels_for(session: nox.Session, *packages: str) -> dict[str, Path]:
+    """Return the wheels of packages and their siblings, each built once a nox run."""
+    names = set(packages).union(*map(siblings_of, packages))
+    for name in names - BUILT.keys():
+        BUILT[name] = build(session, ROOT / "packages" / name, DIST)
+    return {name: BUILT[name] for name in names}
 
 
-_BUILT: dict[str, Path] = {}
-
-
-def build(session: nox.Session, source: Path, out: Path, version: str) -> Path:
-    """Build one wheel from `source` into `out` and return its path."""
+def build(session: nox.Session, source: Path, out: Path) -> Path:
+    """Build the wheel of the package in `source` into `out` and return its path."""
+    stem = source.name.replace("-", "_")
+    for old in out.glob(f"{stem}-*.whl"):
+        old.unlink()
     session.run(*UV, "build", "-q", "--wheel", "--out-dir", str(out), str(source), external=True)
-    return next(out.glob(f"{source.name.replace('-', '_')}-{version}-*.whl"))
+    return next(out.glob(f"{stem}-*.whl"))
 
 
 def install_wheels(
@@ -216,14 +216,14 @@ def install_wheels(
         wanted: package names, each with extras or without, such as "ds-train[plot]".
         wheels: the wheel of each package; built from the working tree where not given.
     """
-    wheels = wheels or build_wheels(session)
+    names = {name.partition("[")[0]: name for name in wanted}
+    wheels = wheels or wheels_for(session, *names)
     pins = Path(session.create_tmp()) / "siblings.txt"
     pins.write_text("".join(f"{name} @ {path.as_uri()}\n" for name, path in wheels.items()))
-    targets = [f"{name} @ {wheels[name.partition('[')[0]].as_uri()}" for name in wanted]
-    names = {name.partition("[")[0] for name in wanted}
-    names |= {sibling for name in names for sibling in siblings_of(name)}
     # The version does not change with the sources, so drop what the last run left here.
-    session.run(*UV, "pip", "uninstall", "-q", "--python", python_of(session), *sorted(names))
+    here = ("--python", python_of(session))
+    session.run(*UV, "pip", "uninstall", "-q", *here, *wheels, external=True)
+    targets = [f"{target} @ {wheels[name].as_uri()}" for name, target in names.items()]
     session.install("-q", "--constraint", str(pins), *targets)
 
 
@@ -247,14 +247,15 @@ def oldest_release(session: nox.Session, requirement: Requirement) -> Path | Non
         source = Path(session.create_tmp()) / name
         shutil.rmtree(source, ignore_errors=True)
         source.mkdir(parents=True)
+        folder.mkdir(parents=True)
         tree = f"{name}-v{oldest}:packages/{name}"
         session.run("git", "archive", "-o", str(source / "tree.tar"), tree, external=True)
         shutil.unpack_archive(source / "tree.tar", source, filter="data")
-        build(session, source, folder, str(oldest))
+        build(session, source, folder)
     return next(folder.glob("*.whl"))
 
 
-def test_wheel(
+def run_tests(
     session: nox.Session, package: str, wheels: dict[str, Path], *, cover: bool = True
 ) -> None:
     """Install one package's wheel beside the given siblings' wheels, and test it alone."""
