@@ -129,8 +129,13 @@ class ModelConfig:
         )
 
     def is_moe_layer(self, index: int) -> bool:
-        """Say whether block `index` has experts; MTP modules count on after the main model."""
-        return bool(self.n_routed_experts) and index >= self.first_k_dense_replace
+        """Say whether block `index` has experts.
+
+        MTP modules count on after the main model and have experts even when no block of the
+        main model has.
+        """
+        first = min(self.first_k_dense_replace, self.num_hidden_layers)
+        return bool(self.n_routed_experts) and index >= first
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from math import prod
 from typing import NamedTuple
 
-from ds_model.checkpoint.layout import layout
+from ds_model.checkpoint.layout import Transform, layout
 from ds_model.config import ModelConfig
 
 
@@ -47,7 +47,7 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
             continue
         if entry.path == "embed_tokens.embeddings" and not config.tie_word_embeddings:
             idle += entry.size
-        elif len(entry.shape) == 3:  # stacked experts [E, in, out]
+        elif entry.transform in (Transform.EXPERTS, Transform.EXPERTS_GATE_UP):
             experts = config.n_routed_experts or 0
             idle += (experts - (config.num_experts_per_tok or 0)) * prod(entry.shape[1:])
     return ParameterCounts(**totals, active=totals["main"] - idle)

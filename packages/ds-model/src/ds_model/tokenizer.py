@@ -5,6 +5,8 @@ languages; numbers are cut into at most three digits. Nothing is normalised, so 
 back as it was.
 """
 
+# ruff: noqa: RUF001, RUF002 - the released token names are spelt with U+FF5C, not with a pipe
+
 import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -37,8 +39,10 @@ SPECIAL_TOKENS = (
 _SPLITS = (  # those of the released tokenizer.json: digits, CJK and kana, words and the rest
     r"\p{N}{1,3}",
     r"[一-龥\u3040-ゟ゠-ヿ]+",
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
-    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    (
+        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+        r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
 )
 _ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 _FILE, _SETTINGS, _TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
@@ -122,7 +126,7 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_str((directory / _FILE).read_text("utf-8"))
         except FileNotFoundError as error:
             raise TokenizerError(f"{directory} holds no {_FILE}") from error
-        except Exception as error:  # noqa: BLE001 - tokenizers raises plain Exception on bad files
+        except Exception as error:  # tokenizers raises just that on a bad file
             raise TokenizerError(f"{directory / _FILE} is no tokenizer: {error}") from error
         settings: dict[str, Any] = {}
         try:

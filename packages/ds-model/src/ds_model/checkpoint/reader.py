@@ -62,6 +62,11 @@ class TensorFiles:
         """Names of all tensors, in the order of the files."""
         return list(self.file_of)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the files."""
+        return sum((self._directory / file).stat().st_size for file in self._files)
+
     def shape(self, name: str) -> Shape:
         """Shape of a tensor, from the header."""
         return tuple(self._slice(name).get_shape())

@@ -85,7 +85,9 @@ class TensorWriter:
         count = len(self._drafts)
         names = [SINGLE]
         if count > 1:
-            names = [f"model-{shard:05d}-of-{count:05d}.safetensors" for shard in range(1, count + 1)]
+            names = [
+                f"model-{shard:05d}-of-{count:05d}.safetensors" for shard in range(1, count + 1)
+            ]
         stale = {path.name for path in self._directory.glob("model-*-of-*.safetensors")}
         try:
             if stale & set(names):

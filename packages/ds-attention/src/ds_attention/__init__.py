@@ -1,0 +1,22 @@
+"""Attention of DeepSeek-V3: latent attention, its cache, RoPE with YaRN, and the yardsticks."""
+
+from ds_attention.cache import LatentCache, MemoryReport, causal_mask, memory_report
+from ds_attention.config import AttentionConfig
+from ds_attention.mha import MultiHeadAttention
+from ds_attention.mla import MultiHeadLatentAttention
+from ds_attention.rms_norm import RMSNorm
+from ds_attention.rope import YarnConfig, apply_rope, rope_frequencies
+
+__all__ = [
+    "AttentionConfig",
+    "LatentCache",
+    "MemoryReport",
+    "MultiHeadAttention",
+    "MultiHeadLatentAttention",
+    "RMSNorm",
+    "YarnConfig",
+    "apply_rope",
+    "causal_mask",
+    "memory_report",
+    "rope_frequencies",
+]

@@ -1,0 +1,227 @@
+"""Multi-head latent attention (arXiv 2405.04434, section 2.1; 2412.19437, eq. 1-11).
+
+Departures from the paper's notation: `c_kv` and the shared rotated key are made by one
+product (`kv_a_proj_with_mqa`), keys and values by another (`kv_b_proj`), as in the released
+weights.
+
+Shape letters: B batch, S new tokens, L cached tokens, D hidden_size, H heads,
+N qk_nope_head_dim, R qk_rope_head_dim, V v_head_dim, C kv_lora_rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+from ds_precision import Linear
+
+from ds_attention.cache import LatentCache, causal_mask
+from ds_attention.config import AttentionConfig
+from ds_attention.rms_norm import RMSNorm
+from ds_attention.rope import apply_rope
+from ds_attention.softmax import masked_softmax
+
+
+@keras.saving.register_keras_serializable(package="ds_attention")
+class MultiHeadLatentAttention(keras.layers.Layer):
+    """Attention whose keys and values are made of one small latent per token.
+
+    `call` is for training and scoring: keys and values are expanded from the latent.
+    `attend` is for generation: it keeps the latent in a `LatentCache`, and for few new tokens
+    it moves the expansion into query and output ("absorbed"), so that K and V never exist.
+    Both give the same numbers up to rounding.
+
+    Args:
+        config: sizes; a mapping of `AttentionConfig`'s fields is accepted too.
+        **kwargs: of `keras.layers.Layer`.
+    """
+
+    # The latents' norms use this epsilon in the reference whatever `rms_norm_eps` says.
+    LATENT_EPSILON = 1e-6
+
+    def __init__(self, config: AttentionConfig | dict[str, Any], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.config = config if isinstance(config, AttentionConfig) else AttentionConfig(**config)
+        c = self.config
+
+        def linear(name: str, units: int, use_bias: bool = False) -> Linear:
+            return Linear(
+                units,
+                use_bias=use_bias,
+                initializer_range=c.initializer_range,
+                dtype=self.dtype_policy,
+                name=name,
+            )
+
+        def norm(name: str) -> RMSNorm:
+            return RMSNorm(self.LATENT_EPSILON, dtype=self.dtype_policy, name=name)
+
+        query_width = c.num_attention_heads * c.qk_head_dim
+        if c.q_lora_rank is None:
+            self.q_proj = linear("q_proj", query_width)
+        else:
+            self.q_a_proj = linear("q_a_proj", c.q_lora_rank, c.attention_bias)
+            self.q_a_layernorm = norm("q_a_layernorm")
+            self.q_b_proj = linear("q_b_proj", query_width)
+        self.kv_a_proj_with_mqa = linear("kv_a_proj_with_mqa", c.cache_width, c.attention_bias)
+        self.kv_a_layernorm = norm("kv_a_layernorm")
+        self.kv_b_proj = linear(
+            "kv_b_proj", c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim)
+        )
+        self.o_proj = linear("o_proj", c.hidden_size, c.attention_bias)
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        """Create the weights of all projections."""
+        c = self.config
+        if input_shape[-1] != c.hidden_size:
+            raise ValueError(
+                f"input has {input_shape[-1]} features; hidden_size is {c.hidden_size}"
+            )
+        if c.q_lora_rank is None:
+            self.q_proj.build((None, c.hidden_size))
+        else:
+            self.q_a_proj.build((None, c.hidden_size))
+            self.q_a_layernorm.build((None, c.q_lora_rank))
+            self.q_b_proj.build((None, c.q_lora_rank))
+        self.kv_a_proj_with_mqa.build((None, c.hidden_size))
+        self.kv_a_layernorm.build((None, c.kv_lora_rank))
+        self.kv_b_proj.build((None, c.kv_lora_rank))
+        self.o_proj.build((None, c.num_attention_heads * c.v_head_dim))
+
+    def call(
+        self,
+        x: tf.Tensor,
+        positions: tf.Tensor | None = None,
+        attention_mask: tf.Tensor | None = None,
+    ) -> tf.Tensor:
+        """Attend within one sequence.
+
+        Args:
+            x: `[B, S, hidden_size]`.
+            positions: `[B, S]` or `[1, S]`, integer; 0, 1, 2, ... if `None`.
+            attention_mask: `[B or 1, S, S]` boolean, true where query i may see key j;
+                causal if `None`.
+
+        Returns:
+            `[B, S, hidden_size]` in the compute type.
+        """
+        steps = tf.range(tf.shape(x)[1])[None]
+        positions = steps if positions is None else positions
+        if attention_mask is None:
+            attention_mask = causal_mask(steps, tf.shape(x)[1])
+        q_nope, q_rope = self._queries(x, positions)
+        return self._attend_expanded(q_nope, q_rope, self._compress(x, positions), attention_mask)
+
+    def attend(
+        self,
+        x: tf.Tensor,
+        cache: LatentCache,
+        slots: tf.Tensor,
+        positions: tf.Tensor,
+        attention_mask: tf.Tensor,
+        absorb: bool = True,
+    ) -> tuple[tf.Tensor, LatentCache]:
+        """Write new tokens to the cache and attend to all that it holds.
+
+        Args:
+            x: `[B, S, hidden_size]`: the new tokens.
+            cache: of this layer, with L slots.
+            slots: `[B, S]` or `[1, S]`: where the new tokens go.
+            positions: `[B, S]` or `[1, S]`: what RoPE sees.
+            attention_mask: `[B or 1, S, L]` boolean, see `causal_mask`.
+            absorb: attend in the latent space (cheap for few new tokens) instead of
+                expanding keys and values of all L slots.
+
+        Returns:
+            `[B, S, hidden_size]` and the cache with the new tokens in it.
+        """
+        x = tf.cast(x, self.compute_dtype)
+        q_nope, q_rope = self._queries(x, positions)
+        cache = cache.write(self._compress(x, positions), slots)
+        attend = self._attend_absorbed if absorb else self._attend_expanded
+        entries = tf.cast(cache.entries, x.dtype)
+        return attend(q_nope, q_rope, entries, attention_mask), cache
+
+    def _rope(self, x: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
+        c = self.config
+        return apply_rope(x, positions, c.rope_theta, c.rope_scaling, c.rope_interleave)
+
+    def _queries(self, x_BSD: tf.Tensor, positions: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Return `q_nope [B, S, H, N]` and the rotated `q_rope [B, S, H, R]` (eq. 6-9)."""
+        c = self.config
+        if c.q_lora_rank is None:
+            q = self.q_proj(x_BSD)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BSD)))
+        q_BSHQ = tf.reshape(q, [*_leading(q), c.num_attention_heads, c.qk_head_dim])
+        q_nope, q_rope = tf.split(q_BSHQ, [c.qk_nope_head_dim, c.qk_rope_head_dim], axis=-1)
+        return q_nope, self._rope(q_rope, positions)
+
+    def _compress(self, x_BSD: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
+        """Return what the cache holds: normed latent and rotated key, `[B, S, C + R]`."""
+        c = self.config
+        latent, k_rope = tf.split(
+            self.kv_a_proj_with_mqa(x_BSD), [c.kv_lora_rank, c.qk_rope_head_dim], axis=-1
+        )
+        return tf.concat([self.kv_a_layernorm(latent), self._rope(k_rope, positions)], axis=-1)
+
+    def _attend_expanded(
+        self, q_nope: tf.Tensor, q_rope: tf.Tensor, entries: tf.Tensor, mask: tf.Tensor
+    ) -> tf.Tensor:
+        """Make keys and values of the latent, then attend as usual (eq. 10-11)."""
+        c = self.config
+        heads = c.num_attention_heads
+        latent, k_rope = tf.split(entries, [c.kv_lora_rank, c.qk_rope_head_dim], axis=-1)
+        kv = self.kv_b_proj(latent)
+        kv = tf.reshape(kv, [*_leading(kv), heads, c.qk_nope_head_dim + c.v_head_dim])
+        k_nope, v_BLHV = tf.split(kv, [c.qk_nope_head_dim, c.v_head_dim], axis=-1)
+        k_rope = tf.repeat(k_rope[:, :, None], heads, axis=2)
+        q_BHSQ = tf.transpose(tf.concat([q_nope, q_rope], axis=-1), [0, 2, 1, 3])
+        k_BHLQ = tf.transpose(tf.concat([k_nope, k_rope], axis=-1), [0, 2, 1, 3])
+        scores = tf.matmul(q_BHSQ * c.score_scale, k_BHLQ, transpose_b=True)
+        weights = masked_softmax(scores, mask[:, None])
+        out = tf.matmul(weights, tf.transpose(v_BLHV, [0, 2, 1, 3]))
+        return self._project(tf.transpose(out, [0, 2, 1, 3]))
+
+    def _attend_absorbed(
+        self, q_nope: tf.Tensor, q_rope: tf.Tensor, entries: tf.Tensor, mask: tf.Tensor
+    ) -> tf.Tensor:
+        """Attend in the latent space: `W_uk` goes into the query, `W_uv` into the output."""
+        c = self.config
+        heads = c.num_attention_heads
+        kernel = tf.cast(tf.convert_to_tensor(self.kv_b_proj.kernel), entries.dtype)
+        up = tf.reshape(kernel, [c.kv_lora_rank, heads, c.qk_nope_head_dim + c.v_head_dim])
+        up_k, up_v = tf.split(up, [c.qk_nope_head_dim, c.v_head_dim], axis=-1)
+        q_latent = tf.einsum("bshn,chn->bshc", q_nope, up_k)
+        q_BSHC = tf.concat([q_latent, q_rope], axis=-1) * c.score_scale
+        batch, count = tf.shape(q_BSHC)[0], tf.shape(q_BSHC)[1]
+        queries = tf.reshape(q_BSHC, [batch, count * heads, c.cache_width])
+        scores = tf.matmul(queries, entries, transpose_b=True)
+        scores = tf.reshape(scores, [batch, count, heads, tf.shape(entries)[1]])
+        weights = masked_softmax(scores, mask[:, :, None])
+        weights = tf.reshape(weights, [batch, count * heads, tf.shape(entries)[1]])
+        out = tf.matmul(weights, entries[..., : c.kv_lora_rank])
+        out = tf.reshape(out, [batch, count, heads, c.kv_lora_rank])
+        return self._project(tf.einsum("bshc,chv->bshv", out, up_v))
+
+    def _project(self, out_BSHV: tf.Tensor) -> tf.Tensor:
+        c = self.config
+        width = c.num_attention_heads * c.v_head_dim
+        return self.o_proj(tf.reshape(out_BSHV, [*_leading(out_BSHV)[:2], width]))
+
+    def compute_output_shape(
+        self, input_shape: tuple[int | None, ...], *_: Any, **__: Any
+    ) -> tuple[int | None, ...]:
+        """Return the input's shape."""
+        return input_shape
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what `from_config` needs to make an equal layer."""
+        return super().get_config() | {"config": self.config.to_dict()}
+
+
+def _leading(x: tf.Tensor) -> list[int | tf.Tensor]:
+    """Return all but the last size of `x`, static where known."""
+    dynamic = tf.shape(x)
+    return [dynamic[i] if size is None else size for i, size in enumerate(x.shape[:-1])]

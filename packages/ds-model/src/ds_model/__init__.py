@@ -1,0 +1,19 @@
+"""DeepSeek-V3 as a Keras model that reads and writes the released layout."""
+
+from ds_model.causal_lm import CausalLM, ModelOutput
+from ds_model.config import ModelConfig
+from ds_model.errors import CheckpointError, ConfigError
+from ds_model.generate import GenerationStats
+from ds_model.parameters import parameter_counts
+from ds_model.tokenizer import Tokenizer
+
+__all__ = [
+    "CausalLM",
+    "CheckpointError",
+    "ConfigError",
+    "GenerationStats",
+    "ModelConfig",
+    "ModelOutput",
+    "Tokenizer",
+    "parameter_counts",
+]

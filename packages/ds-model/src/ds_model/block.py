@@ -1,0 +1,172 @@
+"""One block of the decoder, and the MTP module: one block with a way in.
+
+Pre-norm residual blocks (arXiv 2412.19437, section 2.1); MTP: section 2.2, eq. 21-23.
+
+Shape letters: B batch, S tokens, L cache slots, D hidden_size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+from ds_attention import LatentCache, MultiHeadLatentAttention, RMSNorm
+from ds_moe import MixtureOfExperts, Routing, SwiGLU
+from ds_precision import Linear
+
+from ds_model.config import ModelConfig
+
+
+class Window(NamedTuple):
+    """Where the tokens of one call lie.
+
+    Attributes:
+        positions: `[B or 1, S]`: what RoPE sees.
+        attention_mask: `[B or 1, S, S]`, or `[B or 1, S, L]` with a cache: boolean.
+        token_mask: `[B, S]`, nonzero for real tokens, or `None` if all are.
+        slots: `[B or 1, S]`: where the tokens go in the cache; `None` without one.
+    """
+
+    positions: tf.Tensor
+    attention_mask: tf.Tensor
+    token_mask: tf.Tensor | None = None
+    slots: tf.Tensor | None = None
+
+
+@keras.saving.register_keras_serializable(package="ds_model")
+class DecoderBlock(keras.layers.Layer):
+    """`h += MLA(norm(h))`, then `h += FFN(norm(h))`.
+
+    Args:
+        config: of the model; the mapping that `to_dict` returns is accepted too.
+        moe: whether the feed-forward has experts.
+        **kwargs: of `keras.layers.Layer`.
+    """
+
+    def __init__(self, config: ModelConfig | dict[str, Any], moe: bool, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.config = config if isinstance(config, ModelConfig) else ModelConfig.from_dict(config)
+        self.moe = moe
+        c, policy = self.config, self.dtype_policy
+        self.input_layernorm = RMSNorm(c.rms_norm_eps, dtype=policy, name="input_layernorm")
+        self.self_attn = MultiHeadLatentAttention(c.attention, dtype=policy, name="self_attn")
+        self.post_attention_layernorm = RMSNorm(
+            c.rms_norm_eps, dtype=policy, name="post_attention_layernorm"
+        )
+        if moe:
+            self.mlp = MixtureOfExperts(c.moe, dtype=policy, name="mlp")
+        else:
+            self.mlp = SwiGLU(
+                c.hidden_size, c.intermediate_size, c.initializer_range, dtype=policy, name="mlp"
+            )
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        """Create the weights of all parts."""
+        shape = (None, None, input_shape[-1])
+        for part in (
+            self.input_layernorm,
+            self.self_attn,
+            self.post_attention_layernorm,
+            self.mlp,
+        ):
+            part.build(shape)
+
+    def call(self, h: tf.Tensor, window: Window) -> tuple[tf.Tensor, Routing | None]:
+        """Map `[B, S, D]` to the same shape; the routing is `None` for a dense block."""
+        attended = self.self_attn(
+            self.input_layernorm(h), window.positions, window.attention_mask
+        )
+        return self._feed_forward(h + attended, window)
+
+    def step(
+        self, h: tf.Tensor, window: Window, cache: LatentCache, absorb: bool
+    ) -> tuple[tf.Tensor, LatentCache]:
+        """Do as `call` for new tokens that follow what `cache` holds."""
+        attended, cache = self.self_attn.attend(
+            self.input_layernorm(h),
+            cache,
+            window.slots,
+            window.positions,
+            window.attention_mask,
+            absorb,
+        )
+        return self._feed_forward(h + attended, window)[0], cache
+
+    def _feed_forward(self, h: tf.Tensor, window: Window) -> tuple[tf.Tensor, Routing | None]:
+        normed = self.post_attention_layernorm(h)
+        if not self.moe:
+            return h + self.mlp(normed), None
+        y, routing = self.mlp(normed, window.token_mask)
+        return h + y, routing
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what `from_config` needs to make an equal layer."""
+        return super().get_config() | {"config": self.config.to_dict(), "moe": self.moe}
+
+
+@keras.saving.register_keras_serializable(package="ds_model")
+class MTPModule(keras.layers.Layer):
+    """Module k of multi-token prediction: from depth k-1 to depth k.
+
+    `h^k = block(M_k [enorm(Emb(t_{i+k})) ; hnorm(h^{k-1}_i)])`. The released weights put the
+    embedding first; the paper's formula has the other order. What leaves the module has passed
+    its norm, and that is what the next depth receives, as in the released layout
+    (`shared_head.norm`).
+
+    Args:
+        config: of the model; the mapping that `to_dict` returns is accepted too.
+        **kwargs: of `keras.layers.Layer`.
+    """
+
+    def __init__(self, config: ModelConfig | dict[str, Any], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.config = config if isinstance(config, ModelConfig) else ModelConfig.from_dict(config)
+        c, policy = self.config, self.dtype_policy
+        self.enorm = RMSNorm(c.rms_norm_eps, dtype=policy, name="enorm")
+        self.hnorm = RMSNorm(c.rms_norm_eps, dtype=policy, name="hnorm")
+        self.eh_proj = Linear(
+            c.hidden_size, initializer_range=c.initializer_range, dtype=policy, name="eh_proj"
+        )
+        moe = c.is_moe_layer(c.num_hidden_layers)
+        self.block = DecoderBlock(c, moe, dtype=policy, name="block")
+        self.norm = RMSNorm(c.rms_norm_eps, dtype=policy, name="norm")
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        """Create the weights of all parts."""
+        width = input_shape[-1]
+        for part in (self.enorm, self.hnorm, self.block, self.norm):
+            part.build((None, None, width))
+        self.eh_proj.build((None, None, 2 * width))
+
+    def call(
+        self, h: tf.Tensor, embedded: tf.Tensor, window: Window
+    ) -> tuple[tf.Tensor, Routing | None]:
+        """Return the next depth's normed hidden state `[B, S, D]` and the routing.
+
+        Args:
+            h: `[B, S, D]`: the previous depth's normed hidden state at position i.
+            embedded: `[B, S, D]`: the embedding of token i + k.
+            window: of the positions i.
+        """
+        out, routing = self.block(self._join(h, embedded), window)
+        return self.norm(out), routing
+
+    def step(
+        self,
+        h: tf.Tensor,
+        embedded: tf.Tensor,
+        window: Window,
+        cache: LatentCache,
+        absorb: bool,
+    ) -> tuple[tf.Tensor, LatentCache]:
+        """Do as `call` for new positions that follow what `cache` holds."""
+        out, cache = self.block.step(self._join(h, embedded), window, cache, absorb)
+        return self.norm(out), cache
+
+    def _join(self, h: tf.Tensor, embedded: tf.Tensor) -> tf.Tensor:
+        return self.eh_proj(tf.concat([self.enorm(embedded), self.hnorm(h)], axis=-1))
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what `from_config` needs to make an equal layer."""
+        return super().get_config() | {"config": self.config.to_dict()}

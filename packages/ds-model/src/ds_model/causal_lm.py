@@ -1,0 +1,263 @@
+"""The language model: embedding, blocks, norm, head, and the MTP modules beside them.
+
+arXiv 2412.19437, section 2. Shape letters: B batch, S sequence, D hidden_size, V vocab_size,
+E experts, k MTP depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import keras
+import numpy as np
+import tensorflow as tf
+from ds_attention import RMSNorm, causal_mask
+from ds_moe import MixtureOfExperts, Routing
+from ds_precision import Linear, matmul
+
+from ds_model.block import DecoderBlock, MTPModule, Window
+from ds_model.checkpoint import load_into, mtp_depth_present, save
+from ds_model.config import ModelConfig
+from ds_model.fit import training_step
+from ds_model.generate import GenerationStats, Generator
+
+
+class ModelOutput(NamedTuple):
+    """What one pass gives.
+
+    Attributes:
+        logits: `[B, S, V]` float32: position i predicts token i + 1.
+        mtp_logits: depth k (from 1) is `[B, S - k, V]` float32: position i predicts token
+            i + k + 1. Empty unless asked for.
+        routings: one for each expert layer, in the order of `CausalLM.moe_layers`.
+    """
+
+    logits: tf.Tensor
+    mtp_logits: tuple[tf.Tensor, ...]
+    routings: tuple[Routing, ...]
+
+
+@keras.saving.register_keras_serializable(package="ds_model")
+class CausalLM(keras.Model):
+    """DeepSeek-V3 (and V2) for text.
+
+    A `keras.Model` like any other: `summary`, `compile`, `fit`, callbacks and `.keras` files
+    work; `fit` also balances the experts (see `bias_update_speed`). The weights exist as soon
+    as the model is made.
+
+    Args:
+        config: sizes and rules; the mapping that `ModelConfig.to_dict` returns is accepted too.
+        bias_update_speed: gamma of the loss-free balancing that `fit` does after each
+            optimizer step [0.001]; 0 leaves the biases alone.
+        **kwargs: of `keras.Model` (name, dtype policy).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig | dict[str, Any],
+        bias_update_speed: float = 0.001,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.config = config if isinstance(config, ModelConfig) else ModelConfig.from_dict(config)
+        self.bias_update_speed = bias_update_speed
+        c, policy = self.config, self.dtype_policy
+        self.embed_tokens = keras.layers.Embedding(
+            c.vocab_size,
+            c.hidden_size,
+            embeddings_initializer=keras.initializers.RandomNormal(stddev=c.initializer_range),
+            dtype=policy,
+            name="embed_tokens",
+        )
+        self.blocks = [
+            DecoderBlock(c, c.is_moe_layer(i), dtype=policy, name=f"block_{i}")
+            for i in range(c.num_hidden_layers)
+        ]
+        self.norm = RMSNorm(c.rms_norm_eps, dtype=policy, name="norm")
+        self.lm_head = None
+        if not c.tie_word_embeddings:
+            self.lm_head = Linear(
+                c.vocab_size, initializer_range=c.initializer_range, dtype=policy, name="lm_head"
+            )
+        self.mtp = [
+            MTPModule(c, dtype=policy, name=f"mtp_{k}") for k in range(c.num_nextn_predict_layers)
+        ]
+        self.build((None, None))
+
+    def build(self, input_shape: Any) -> None:
+        """Create every weight; the input's shape does not matter."""
+        if self.built:
+            return
+        shape = (None, None, self.config.hidden_size)
+        self.embed_tokens.build((None, None))
+        parts = [*self.blocks, self.norm, *self.mtp]
+        for part in parts if self.lm_head is None else [*parts, self.lm_head]:
+            part.build(shape)
+        self.built = True
+
+    @property
+    def moe_layers(self) -> list[MixtureOfExperts]:
+        """The layers with experts: the blocks' in order, then the MTP modules'."""
+        blocks = [*self.blocks, *(module.block for module in self.mtp)]
+        return [block.mlp for block in blocks if block.moe]
+
+    def call(
+        self,
+        input_ids: tf.Tensor,
+        attention_mask: tf.Tensor | None = None,
+        training: bool = False,
+    ) -> tf.Tensor:
+        """Return logits `[B, S, V]` in float32.
+
+        Args:
+            input_ids: `[B, S]` integer.
+            attention_mask: `[B, S]`; 0 is padding, left or right.
+            training: makes no difference to the arithmetic.
+        """
+        return self.forward(input_ids, attention_mask, training).logits
+
+    def forward(
+        self,
+        input_ids: tf.Tensor,
+        attention_mask: tf.Tensor | None = None,
+        training: bool = False,  # noqa: ARG002 - no dropout in this family
+        mtp: bool = False,
+    ) -> ModelOutput:
+        """Do one pass and return all that comes of it; arguments as for `call`.
+
+        Args:
+            input_ids: `[B, S]` integer.
+            attention_mask: `[B, S]`; 0 is padding, left or right.
+            training: makes no difference to the arithmetic.
+            mtp: run the MTP modules too.
+        """
+        input_ids = tf.convert_to_tensor(input_ids)
+        if attention_mask is not None:
+            attention_mask = tf.cast(attention_mask, tf.int32)
+        window = _window(input_ids, attention_mask)
+        h = self.embed_tokens(input_ids)
+        routings = []
+        for block in self.blocks:
+            h, routing = block(h, window)
+            routings.append(routing)
+        h = self.norm(h)
+        logits = self.head(h)
+        mtp_logits = []
+        for k, module in enumerate(self.mtp if mtp else (), start=1):
+            window = _shifted(attention_mask, input_ids, k)
+            h, routing = module(h[:, :-1], self.embed_tokens(input_ids[:, k:]), window)
+            routings.append(routing)
+            mtp_logits.append(self.head(h))
+        found = tuple(routing for routing in routings if routing is not None)
+        return ModelOutput(logits, tuple(mtp_logits), found)
+
+    def head(self, h: tf.Tensor) -> tf.Tensor:
+        """Map normed hidden states `[..., D]` to logits `[..., V]` in float32."""
+        if self.lm_head is not None:
+            return tf.cast(self.lm_head(h), tf.float32)
+        embeddings = tf.convert_to_tensor(self.embed_tokens.embeddings)
+        return tf.cast(matmul(h, tf.transpose(embeddings)), tf.float32)
+
+    def mtp_logits(
+        self, input_ids: tf.Tensor, attention_mask: tf.Tensor | None = None
+    ) -> list[tf.Tensor]:
+        """Return the MTP modules' logits.
+
+        Args:
+            input_ids: `[B, S]` integer.
+            attention_mask: `[B, S]`; 0 is padding.
+
+        Returns:
+            For depth k (from 1) `[B, S - k, V]` float32: position i predicts token i + k + 1.
+        """
+        return list(self.forward(input_ids, attention_mask, mtp=True).mtp_logits)
+
+    def generate(self, input_ids: tf.Tensor, *args: Any, **kwargs: Any) -> tf.Tensor:
+        """Continue each row; see `Generator.stream` for the arguments.
+
+        Returns:
+            `[B, S + new]` int32, the prompt included. A row that ended early is filled with
+            `pad_token_id`, or its end token where there is none.
+        """
+        prompt = np.asarray(input_ids, np.int32)
+        chunks = list(self.stream(prompt, *args, **kwargs))
+        return tf.constant(np.concatenate([prompt, *chunks], axis=1))
+
+    def stream(self, input_ids: tf.Tensor, *args: Any, **kwargs: Any) -> Iterator[np.ndarray]:
+        """Yield new tokens `[B, n]` as they come; see `Generator.stream`."""
+        return self._generator.stream(input_ids, *args, **kwargs)
+
+    @property
+    def last_generation(self) -> GenerationStats:
+        """What the last `generate` or `stream` did."""
+        return self._generator.stats
+
+    @property
+    def _generator(self) -> Generator:
+        found = self.__dict__.get("_generator_made")
+        if found is None:
+            found = Generator(self)
+            # Past Keras' attribute tracking: compiled functions are no part of the model.
+            self.__dict__["_generator_made"] = found
+        return found
+
+    def train_step(self, data: Any) -> dict[str, Any]:
+        """Do one step of Keras' `fit`, expert balancing included."""
+        return training_step(self, data)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **kwargs: Any) -> Self:
+        """Load a Hugging Face directory (`config.json`, safetensors).
+
+        An MTP module that config.json announces and that no tensor belongs to is left out,
+        with a notice: `transformers` writes such directories.
+
+        Args:
+            path: the directory.
+            **kwargs: of the constructor, `dtype` among them.
+
+        Raises:
+            ConfigError: config.json is missing or wrong.
+            CheckpointError: a tensor is missing, unused, misshapen or unreadable.
+        """
+        config = ModelConfig.from_pretrained(path)
+        depth = mtp_depth_present(path, config)
+        model = cls(config.replace(num_nextn_predict_layers=depth), **kwargs)
+        load_into(model, path)
+        return model
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write a Hugging Face directory that `transformers` opens.
+
+        Raises:
+            CheckpointError: the directory can't be written.
+        """
+        save(self, path)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what `from_config` needs to make an equal model."""
+        return super().get_config() | {
+            "config": self.config.to_dict(),
+            "bias_update_speed": self.bias_update_speed,
+        }
+
+
+def _window(input_ids: tf.Tensor, attention_mask: tf.Tensor | None) -> Window:
+    """Say where the tokens of a whole sequence lie."""
+    length = tf.shape(input_ids)[1]
+    slots = tf.range(length)[None]
+    allowed = causal_mask(slots, length, attention_mask)
+    if attention_mask is None:
+        return Window(slots, allowed)
+    # Padding gets the position of its neighbour; nothing looks at it.
+    positions = tf.maximum(tf.cumsum(attention_mask, axis=1) - 1, 0)
+    return Window(positions, allowed, attention_mask)
+
+
+def _shifted(attention_mask: tf.Tensor | None, input_ids: tf.Tensor, k: int) -> Window:
+    """Say where depth k's positions lie: those that have a token k ahead."""
+    if attention_mask is None:
+        return _window(input_ids[:, k:], None)
+    return _window(input_ids[:, k:], attention_mask[:, :-k] * attention_mask[:, k:])

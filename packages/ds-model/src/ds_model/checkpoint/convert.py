@@ -1,0 +1,153 @@
+"""A checkpoint in another dtype or form, under its final name only once it is whole."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+from zipfile import BadZipFile
+
+import keras
+
+from ds_model.checkpoint import atomic
+from ds_model.checkpoint.checking import check_layout, mtp_depth_present
+from ds_model.checkpoint.reader import INDEX, TensorFiles, check_directory, read_json
+from ds_model.checkpoint.saving import DTypeName, cast, save
+from ds_model.checkpoint.writer import MAX_SHARD_BYTES, TensorWriter
+from ds_model.config import ModelConfig
+from ds_model.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from ds_model.causal_lm import CausalLM
+
+Progress = Callable[[int, int], None]
+"""Called with the tensors done and the tensors in all."""
+
+_COMPANIONS = ("*.json", "*.jinja", "*.model", "LICENSE*")
+
+
+def to_hf(
+    source: Path,
+    target: Path,
+    dtype: DTypeName | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Progress = lambda done, total: None,  # noqa: ARG005 - named for the reader
+) -> None:
+    """Write a released directory from another one, or from a `.keras` file.
+
+    A directory is read and written tensor by tensor, its tokenizer and other JSON files copied.
+
+    Args:
+        source: the directory or the `.keras` file.
+        target: must not exist, or be an empty directory.
+        dtype: of the tensors; `None` keeps them. The router's bias is kept in any case.
+        max_shard_bytes: above it, shards with an index; this much is held in memory.
+        progress: told how far it is.
+
+    Raises:
+        CheckpointError: the source is not a whole checkpoint; the target exists; no room; a value
+            does not fit float16.
+        ConfigError: the source's `config.json` is wrong.
+    """
+    with _staged(target) as stage:
+        if source.is_file():
+            save(_load_keras(source), stage, dtype, max_shard_bytes)
+            progress(1, 1)
+            return
+        config = ModelConfig.from_pretrained(check_directory(source))
+        depth = mtp_depth_present(source, config)
+        stage.mkdir()
+        with TensorFiles(source) as files, TensorWriter(stage, max_shard_bytes) as writer:
+            check_layout(files, config.replace(num_nextn_predict_layers=depth))
+            _check_room(files.nbytes, stage)
+            for done, name in enumerate(files.names, start=1):
+                writer.add(name, cast(name, files.read(name), dtype))
+                progress(done, len(files.names))
+            writer.finish()
+        _copy_companions(source, stage)
+        values = read_json(source / "config.json")
+        if dtype is not None:
+            written = [field for field in ("dtype", "torch_dtype") if field in values]
+            values |= dict.fromkeys(written or ["torch_dtype"], dtype)
+        atomic.write(stage / "config.json", (json.dumps(values, indent=2) + "\n").encode())
+
+
+def to_keras(source: Path, target: Path, dtype: DTypeName | None = None) -> None:
+    """Write a `.keras` file from a released directory; the whole model is in memory meanwhile.
+
+    Args:
+        source: the directory.
+        target: a path that ends in `.keras` and does not exist.
+        dtype: Keras dtype policy of the model; `None` is Keras' default.
+
+    Raises:
+        CheckpointError: the source is not a whole checkpoint; the target exists or is not named
+            `.keras`.
+        ConfigError: the source's `config.json` is wrong.
+    """
+    from ds_model.causal_lm import CausalLM  # noqa: PLC0415 - the model imports this package
+
+    if target.suffix != ".keras":
+        raise CheckpointError(f"{target} must end in .keras")
+    if source.is_file():
+        raise CheckpointError(f"{source} is a file; a directory with config.json is converted")
+    with _staged(target) as stage:
+        model = CausalLM.from_pretrained(check_directory(source), dtype=dtype)
+        draft = stage.with_name(f"{stage.name}.keras")  # Keras insists on the suffix
+        try:
+            model.save(draft)
+            draft.replace(stage)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def _staged(target: Path) -> Iterator[Path]:
+    """A place beside `target` that becomes `target` when the block ends well."""
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise CheckpointError(f"{target} exists: name a new directory, nothing is overwritten")
+    stage = atomic.partial(target.absolute())
+    try:
+        _remove(stage)  # left by a run that was killed
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield stage
+        atomic.publish(stage, target)
+    except OSError as error:
+        raise CheckpointError(f"{target} can't be written: {error}") from error
+    finally:
+        _remove(stage)
+
+
+def _remove(place: Path) -> None:
+    if place.is_dir():
+        shutil.rmtree(place)
+    else:
+        place.unlink(missing_ok=True)
+
+
+def _check_room(needed: int, place: Path) -> None:
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        message = f"no room beside {place}: {needed:,} bytes needed at most, {free:,} free"
+        raise CheckpointError(message)
+
+
+def _copy_companions(source: Path, stage: Path) -> None:
+    for pattern in _COMPANIONS:
+        for path in source.glob(pattern):
+            if path.is_file() and path.name not in (INDEX, "config.json"):
+                shutil.copyfile(path, stage / path.name)
+
+
+def _load_keras(source: Path) -> "CausalLM":
+    from ds_model.causal_lm import CausalLM  # noqa: PLC0415 - the model imports this package
+
+    try:
+        model = keras.saving.load_model(source, compile=False)
+    except (ValueError, TypeError, KeyError, OSError, BadZipFile) as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{source} is no readable .keras file: {reason}") from error
+    if not isinstance(model, CausalLM):
+        raise CheckpointError(f"{source} holds a {type(model).__name__}, not a CausalLM")
+    return model

@@ -1,0 +1,132 @@
+"""`ds-model`: look at checkpoints and convert them.
+
+Exit code 0 on success, 2 on bad input with one line on stderr.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ds_model.checkpoint.convert import to_hf, to_keras
+from ds_model.errors import CheckpointError, ConfigError, TokenizerError
+from ds_model.inspection import Inspection, inspect
+
+app = typer.Typer(
+    name="ds-model",
+    help="Look at DeepSeek checkpoints and convert them.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+)
+
+
+class Form(StrEnum):
+    """What `convert` writes."""
+
+    HF = "hf"
+    KERAS = "keras"
+
+
+class StoredDType(StrEnum):
+    """Dtypes that `convert` writes."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+
+
+@app.command("inspect")
+def inspect_command(
+    target: Annotated[str, typer.Argument(metavar="DIR|PRESET", help="Checkpoint or preset.")],
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Say what a checkpoint is: family, parameters, dtypes, bytes. Reads no weights."""
+    with _one_line_errors():
+        found = inspect(target)
+    if as_json:
+        parameters = found.parameters._asdict()
+        values = asdict(found) | {"parameters": parameters, "cache_saving": found.cache_saving}
+        typer.echo(json.dumps(values, indent=2))
+    else:
+        Console().print(_table(found))
+
+
+@app.command("convert")
+def convert_command(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Directory, or a .keras file.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="New directory or .keras file.")],
+    dtype: Annotated[
+        StoredDType | None, typer.Option(help="Of the weights; as they are if not given.")
+    ] = None,
+    to: Annotated[
+        Form, typer.Option(help="hf: released layout; keras: one .keras file.")
+    ] = Form.HF,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Write a checkpoint in another dtype or form. DST appears only when it is whole."""
+    wanted = None if dtype is None else dtype.value
+    with _one_line_errors(), _progress_bar(source.name) as bar:
+        if to is Form.KERAS:
+            to_keras(source, target, wanted)
+        else:
+            to_hf(
+                source,
+                target,
+                wanted,
+                progress=lambda done, total: bar.update(
+                    bar.task_ids[0], completed=done, total=total
+                ),
+            )
+    if as_json:
+        typer.echo(json.dumps({"source": str(source), "target": str(target), "form": to.value}))
+    else:
+        typer.echo(f"{target}: written. Try: ds-model inspect {target}")
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except (CheckpointError, ConfigError, TokenizerError, OSError) as error:
+        typer.echo(f"ds-model: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2) from error
+
+
+@contextmanager
+def _progress_bar(name: str) -> Iterator[Progress]:
+    columns = (TextColumn(name), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        bar.add_task(name, total=None)
+        yield bar
+
+
+def _table(found: Inspection) -> Table:
+    counts, saving = found.parameters, f"{found.cache_saving:.1%} less"
+    table = Table(title=found.name, show_header=False)
+    table.add_row("family", f"{found.family}, {found.layers} layers, MTP depth {found.mtp_depth}")
+    table.add_row("parameters", f"{counts.main:,}")
+    table.add_row("router biases", f"{counts.router_bias:,}")
+    table.add_row("MTP parameters", f"{counts.mtp:,}")
+    table.add_row("active", f"{counts.active:,}\n[dim]{found.active_rule}[/dim]")
+    stored = ", ".join(f"{dtype} {count:,}" for dtype, count in found.dtypes.items())
+    table.add_row("stored", stored or "nothing: a preset")
+    where = "on disk" if found.dtypes else "in BF16"
+    table.add_row("weights", f"{found.weight_bytes:,} bytes {where}")
+    cache = f"{found.cache_bytes_per_token:,} bytes a token in {found.cache_dtype}"
+    table.add_row("cache", f"{cache}, MHA {found.mha_cache_bytes_per_token:,}: {saving}")
+    table.add_row("loads", "-" if not found.dtypes else found.problem or "yes")
+    return table

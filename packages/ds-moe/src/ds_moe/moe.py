@@ -1,0 +1,94 @@
+"""DeepSeekMoE: shared experts for every token, routed ones for some (arXiv 2412.19437, eq. 12).
+
+Shape letters: B batch, S sequence, T tokens, D hidden_size, I moe_intermediate_size, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from ds_moe.config import MoEConfig
+from ds_moe.experts import run_experts
+from ds_moe.router import Router, Routing
+from ds_moe.swiglu import SwiGLU
+
+
+@keras.saving.register_keras_serializable(package="ds_moe")
+class MixtureOfExperts(keras.layers.Layer):
+    """Routed experts plus shared ones; dropless.
+
+    The forward pass changes no variable: the routing comes back beside the output, and
+    `update_biases` is called once an optimizer step with the loads summed.
+
+    Keras' `fit` compiles with XLA by itself where every layer allows it. On CPU the graph-mode
+    program is faster, so this layer declines (`supports_jit`); `jit_compile=True` still works.
+
+    Args:
+        config: sizes and rules; a mapping of `MoEConfig`'s fields is accepted too.
+        **kwargs: of `keras.layers.Layer`.
+    """
+
+    def __init__(self, config: MoEConfig | dict[str, Any], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.supports_jit = False
+        self.config = config if isinstance(config, MoEConfig) else MoEConfig(**config)
+        c = self.config
+        self.gate = Router(c, name="gate")
+        self.shared_experts = None
+        if c.n_shared_experts:
+            self.shared_experts = SwiGLU(
+                c.hidden_size,
+                c.moe_intermediate_size * c.n_shared_experts,
+                c.initializer_range,
+                dtype=self.dtype_policy,
+                name="shared_experts",
+            )
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        """Create the router and the stacked experts."""
+        c = self.config
+        self.gate.build((None, c.hidden_size))
+        if self.shared_experts is not None:
+            self.shared_experts.build((None, c.hidden_size))
+        normal = keras.initializers.RandomNormal
+        self.gate_up_proj = self.add_weight(
+            name="gate_up_proj",
+            shape=(c.n_routed_experts, c.hidden_size, 2 * c.moe_intermediate_size),
+            initializer=normal(stddev=c.initializer_range),
+        )
+        self.down_proj = self.add_weight(
+            name="down_proj",
+            shape=(c.n_routed_experts, c.moe_intermediate_size, c.hidden_size),
+            initializer=normal(stddev=c.initializer_range),
+        )
+
+    def call(
+        self, x: tf.Tensor, token_mask: tf.Tensor | None = None
+    ) -> tuple[tf.Tensor, Routing]:
+        """Route, run, sum.
+
+        Args:
+            x: `[B, S, hidden_size]`.
+            token_mask: `[B, S]`, nonzero for real tokens; affects `Routing.load` alone.
+
+        Returns:
+            `[B, S, hidden_size]` and the routing of the `B * S` tokens.
+        """
+        x_TD = tf.reshape(x, [-1, self.config.hidden_size])
+        mask_T = None if token_mask is None else tf.reshape(token_mask, [-1])
+        routing = self.gate(x_TD, mask_T)
+        gate_up = tf.cast(tf.convert_to_tensor(self.gate_up_proj), x.dtype)
+        down = tf.cast(tf.convert_to_tensor(self.down_proj), x.dtype)
+        y = tf.reshape(
+            run_experts(x_TD, routing.indices, routing.gates, gate_up, down), tf.shape(x)
+        )
+        if self.shared_experts is not None:
+            y += self.shared_experts(x)
+        return tf.ensure_shape(y, x.shape), routing
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what `from_config` needs to make an equal layer."""
+        return super().get_config() | {"config": self.config.to_dict()}

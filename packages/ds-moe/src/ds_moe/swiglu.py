@@ -1,0 +1,64 @@
+"""The feed-forward of DeepSeek's blocks: SwiGLU (arXiv 2002.05202)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+from ds_precision import Linear
+
+from ds_moe.experts import swiglu
+
+
+@keras.saving.register_keras_serializable(package="ds_moe")
+class SwiGLU(keras.layers.Layer):
+    """`down(silu(gate(x)) * up(x))`, gate and up as one product.
+
+    Args:
+        hidden_size: width of input and output.
+        intermediate_size: inner width.
+        initializer_range: standard deviation of fresh weights.
+        **kwargs: of `keras.layers.Layer`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        initializer_range: float = 0.02,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.initializer_range = initializer_range
+
+        def linear(name: str, units: int) -> Linear:
+            return Linear(
+                units, initializer_range=initializer_range, dtype=self.dtype_policy, name=name
+            )
+
+        self.gate_up_proj = linear("gate_up_proj", 2 * intermediate_size)
+        self.down_proj = linear("down_proj", hidden_size)
+
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        """Create the two matrices."""
+        self.gate_up_proj.build((None, self.hidden_size))
+        self.down_proj.build((None, self.intermediate_size))
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        """Map `[..., hidden_size]` to the same shape."""
+        return self.down_proj(swiglu(self.gate_up_proj(x)))
+
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        """Return the input's shape."""
+        return input_shape
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what `from_config` needs to make an equal layer."""
+        return super().get_config() | {
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "initializer_range": self.initializer_range,
+        }
