@@ -12,11 +12,11 @@ from typing import Any
 
 import keras
 import tensorflow as tf
-from ds_precision import Linear
 
 from ds_attention.cache import causal_mask
 from ds_attention.rope import apply_rope
 from ds_attention.softmax import masked_softmax
+from ds_precision import Linear
 
 
 @keras.saving.register_keras_serializable(package="ds_attention")

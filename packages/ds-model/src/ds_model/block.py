@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
+
 from ds_attention import LatentCache, MultiHeadLatentAttention, RMSNorm
+from ds_model.config import ModelConfig
 from ds_moe import MixtureOfExperts, Routing, SwiGLU
 from ds_precision import Linear
-
-from ds_model.config import ModelConfig
 
 
 class Window(NamedTuple):
@@ -74,9 +74,7 @@ class DecoderBlock(keras.layers.Layer):
 
     def call(self, h: tf.Tensor, window: Window) -> tuple[tf.Tensor, Routing | None]:
         """Map `[B, S, D]` to the same shape; the routing is `None` for a dense block."""
-        attended = self.self_attn(
-            self.input_layernorm(h), window.positions, window.attention_mask
-        )
+        attended = self.self_attn(self.input_layernorm(h), window.positions, window.attention_mask)
         return self._feed_forward(h + attended, window)
 
     def step(

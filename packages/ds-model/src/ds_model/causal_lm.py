@@ -13,15 +13,15 @@ from typing import Any, NamedTuple, Self
 import keras
 import numpy as np
 import tensorflow as tf
-from ds_attention import RMSNorm, causal_mask
-from ds_moe import MixtureOfExperts, Routing
-from ds_precision import Linear, matmul
 
+from ds_attention import RMSNorm, causal_mask
 from ds_model.block import DecoderBlock, MTPModule, Window
 from ds_model.checkpoint import load_into, mtp_depth_present, save
 from ds_model.config import ModelConfig
 from ds_model.fit import training_step
 from ds_model.generate import GenerationStats, Generator
+from ds_moe import MixtureOfExperts, Routing
+from ds_precision import Linear, matmul
 
 
 class ModelOutput(NamedTuple):
@@ -86,7 +86,7 @@ class CausalLM(keras.Model):
         ]
         self.build((None, None))
 
-    def build(self, input_shape: Any) -> None:
+    def build(self, input_shape: Any) -> None:  # noqa: ARG002 - Keras hands it over
         """Create every weight; the input's shape does not matter."""
         if self.built:
             return

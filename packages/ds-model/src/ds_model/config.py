@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from ds_attention import AttentionConfig, YarnConfig
-from ds_moe import MoEConfig
-
 from ds_model.errors import ConfigError
+from ds_moe import MoEConfig
 
 MODEL_TYPES = {"deepseek_v3": "DeepseekV3ForCausalLM", "deepseek_v2": "DeepseekV2ForCausalLM"}
 YARN_FIELDS = {field.name for field in fields(YarnConfig)}
@@ -87,7 +86,9 @@ class ModelConfig:
         if self.model_type not in MODEL_TYPES:
             raise ConfigError(f"model_type is {self.model_type!r}; known: {sorted(MODEL_TYPES)}")
         if self.hidden_act != "silu":
-            raise ConfigError(f"hidden_act is {self.hidden_act!r}; only 'silu' exists in this family")
+            raise ConfigError(
+                f"hidden_act is {self.hidden_act!r}; only 'silu' exists in this family"
+            )
         for field in ("vocab_size", "intermediate_size", "num_hidden_layers"):
             value = getattr(self, field)
             if not (isinstance(value, int) and value > 0):

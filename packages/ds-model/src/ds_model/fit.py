@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 import tensorflow as tf
+
 from ds_moe import Router, update_biases
 
 if TYPE_CHECKING:

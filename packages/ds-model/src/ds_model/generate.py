@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import tensorflow as tf
-from ds_attention import LatentCache, causal_mask
 
+from ds_attention import LatentCache, causal_mask
 from ds_model.block import Window
 from ds_model.sampling import Sampling, draw, probabilities, verify
 
@@ -131,7 +131,9 @@ class Generator:
             filler = eos[0] if eos else 0
         seed = secrets.randbelow(2**31) if seed is None else seed
         sampling = Sampling(
-            tf.constant(temperature, tf.float32), tf.constant(top_p, tf.float32), tf.constant(seed)
+            tf.constant(temperature, tf.float32),
+            tf.constant(top_p, tf.float32),
+            tf.constant(seed, tf.int32),
         )
         mask = np.ones_like(ids) if attention_mask is None else np.asarray(attention_mask)
         drafts = len(self.model.mtp) if draft else 0
@@ -194,9 +196,13 @@ class Generator:
     def _functions(self, drafts: int) -> tuple[tf.types.experimental.PolymorphicFunction, ...]:
         if drafts not in self._compiled:
             rounds = _Rounds(self.model, drafts)
-            self._compiled[drafts] = tuple(
-                tf.function(f, autograph=False, reduce_retracing=True)
-                for f in (rounds.start, rounds.advance)
+            number, tokens = tf.TensorSpec([], tf.int32), tf.TensorSpec([None, None], tf.int32)
+            mask = tf.TensorSpec([None, None], tf.bool)
+            real = tf.TensorSpec([], tf.float32)
+            rules = (number, tf.TensorSpec([None], tf.int32), Sampling(real, real, number))
+            self._compiled[drafts] = (
+                tf.function(rounds.start, [tokens, mask, *rules], autograph=False),
+                tf.function(rounds.advance, [rounds.state_spec(), *rules], autograph=False),
             )
         return self._compiled[drafts]
 
@@ -210,6 +216,30 @@ class _Rounds:
         # Module k's entry for the newest positions rests on drafts; what a round accepts may
         # belie them, so up to 2K entries are written again.
         self.window = 2 * drafts
+
+    def state_spec(self) -> State:
+        """Return the types and known sizes of a `State`, so that `advance` is traced once."""
+        model, drafts = self.model, self.drafts
+        c, policy = model.config, model.compute_dtype
+        scalar, row = tf.TensorSpec([], tf.int32), tf.TensorSpec([None], tf.int32)
+        buffer = tf.TensorSpec([None, None], tf.int32)
+        cache = LatentCache(tf.TensorSpec([None, None, c.attention.cache_width], policy))
+        return State(
+            tokens=buffer,
+            valid=tf.TensorSpec([None, None], tf.bool),
+            slot=row,
+            position=row,
+            caches=(cache,) * (len(model.blocks) + drafts),
+            hidden=tf.TensorSpec([None, self.window, c.hidden_size], policy),
+            drafts=tf.TensorSpec([None, drafts], tf.int32),
+            draft_p=tf.TensorSpec([None, drafts, c.vocab_size], tf.float32),
+            out=buffer,
+            count=row,
+            done=tf.TensorSpec([None], tf.bool),
+            rounds=scalar,
+            accepted=scalar,
+            drafted=scalar,
+        )
 
     def start(
         self,
@@ -226,9 +256,7 @@ class _Rounds:
         batch, length = tf.shape(tokens)[0], tf.shape(tokens)[1]
         slots = tf.range(length)[None]
         ordinal = tf.cumsum(tf.cast(valid, tf.int32), axis=1)
-        place = Window(
-            tf.maximum(ordinal - 1, 0), causal_mask(slots, length, valid), valid, slots
-        )
+        place = Window(tf.maximum(ordinal - 1, 0), causal_mask(slots, length, valid), valid, slots)
         h = model.embed_tokens(tokens)
         caches = []
         for block in model.blocks:

@@ -14,9 +14,10 @@ A = T*K assignments, N blocks, M rows of a block.
 from __future__ import annotations
 
 import tensorflow as tf
-from ds_precision import matmul
 from tensorflow.python.framework import ops
 from tensorflow.python.ops import control_flow_util
+
+from ds_precision import matmul
 
 LARGEST_BLOCK = 128
 

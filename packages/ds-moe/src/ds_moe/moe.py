@@ -50,6 +50,10 @@ class MixtureOfExperts(keras.layers.Layer):
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         """Create the router and the stacked experts."""
         c = self.config
+        if input_shape[-1] != c.hidden_size:
+            raise ValueError(
+                f"input has {input_shape[-1]} features; hidden_size is {c.hidden_size}"
+            )
         self.gate.build((None, c.hidden_size))
         if self.shared_experts is not None:
             self.shared_experts.build((None, c.hidden_size))
@@ -65,9 +69,7 @@ class MixtureOfExperts(keras.layers.Layer):
             initializer=normal(stddev=c.initializer_range),
         )
 
-    def call(
-        self, x: tf.Tensor, token_mask: tf.Tensor | None = None
-    ) -> tuple[tf.Tensor, Routing]:
+    def call(self, x: tf.Tensor, token_mask: tf.Tensor | None = None) -> tuple[tf.Tensor, Routing]:
         """Route, run, sum.
 
         Args:

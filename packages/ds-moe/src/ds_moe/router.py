@@ -73,7 +73,9 @@ class Router(keras.layers.Layer):
         softmax = self.config.scoring_func == "softmax"
         scores = tf.nn.softmax(logits) if softmax else tf.sigmoid(logits)
         indices = self._choose(tf.stop_gradient(scores))
-        return Routing(indices, self._gates(scores, indices), scores, self._load(indices, token_mask))
+        return Routing(
+            indices, self._gates(scores, indices), scores, self._load(indices, token_mask)
+        )
 
     def _choose(self, scores_TE: tf.Tensor) -> tf.Tensor:
         """Take the top K of the biased scores within the best groups."""
@@ -95,7 +97,9 @@ class Router(keras.layers.Layer):
             group_TG = tf.reduce_max(choice_TGM, axis=-1)
         best = tf.math.top_k(group_TG, c.topk_group, sorted=False).indices
         kept_TG = tf.reduce_any(tf.one_hot(best, c.n_group, True, False, dtype=tf.bool), axis=1)
-        limited = tf.where(kept_TG[..., None], choice_TGM, tf.constant(float("-inf"), choice_TE.dtype))
+        limited = tf.where(
+            kept_TG[..., None], choice_TGM, tf.constant(float("-inf"), choice_TE.dtype)
+        )
         return tf.reshape(limited, tf.shape(choice_TE))
 
     def _gates(self, scores_TE: tf.Tensor, indices_TK: tf.Tensor) -> tf.Tensor:

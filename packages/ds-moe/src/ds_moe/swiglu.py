@@ -6,9 +6,9 @@ from typing import Any
 
 import keras
 import tensorflow as tf
-from ds_precision import Linear
 
 from ds_moe.experts import swiglu
+from ds_precision import Linear
 
 
 @keras.saving.register_keras_serializable(package="ds_moe")
@@ -44,6 +44,10 @@ class SwiGLU(keras.layers.Layer):
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         """Create the two matrices."""
+        if input_shape[-1] != self.hidden_size:
+            raise ValueError(
+                f"input has {input_shape[-1]} features; hidden_size is {self.hidden_size}"
+            )
         self.gate_up_proj.build((None, self.hidden_size))
         self.down_proj.build((None, self.intermediate_size))
 

@@ -31,9 +31,8 @@ def matmul(x: tf.Tensor, kernel: Any) -> tf.Tensor:
         return tf.matmul(x, kernel)
     inner, outer = kernel.shape
     y = tf.matmul(tf.reshape(x, [-1, inner]), kernel)
-    leading = x.shape[:-1]
     y = tf.reshape(y, tf.concat([tf.shape(x)[:-1], [outer]], 0))
-    return tf.ensure_shape(y, leading + [outer])
+    return tf.ensure_shape(y, [*x.shape[:-1], outer])
 
 
 @keras.saving.register_keras_serializable(package="ds_precision")
