@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from importlinter.cli import lint_imports
+
 from workspace import ROOT, packages
 
 
