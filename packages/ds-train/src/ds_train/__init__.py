@@ -1,14 +1,21 @@
-"""Training for the DeepSeek-V3 of `ds-model`."""
+"""Training for the DeepSeek-V3 of `ds-model`: data, optimizer, trainer, evaluation."""
 
+from ds_train.callbacks import Callback, StepMetrics
+from ds_train.config import TrainConfig
 from ds_train.errors import CheckpointError, DataError, TrainConfigError, TrainError
 from ds_train.optimizer import AdamW
 from ds_train.schedule import WarmupConstantCosine
+from ds_train.trainer import Trainer
 
 __all__ = [
     "AdamW",
+    "Callback",
     "CheckpointError",
     "DataError",
+    "StepMetrics",
+    "TrainConfig",
     "TrainConfigError",
     "TrainError",
+    "Trainer",
     "WarmupConstantCosine",
 ]

@@ -5,6 +5,7 @@ them; phases are fractions of the run, as 14.8T tokens would not fit. `ds-train 
 prints a file with every key.
 """
 
+import dataclasses
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -161,6 +162,11 @@ class TrainConfig(_Table):
             config = cls.model_validate(tables)
         except ValidationError as error:
             raise TrainConfigError(f"{source}: {_first_line(cls, error)}") from error
+        known = [field.name for field in dataclasses.fields(ModelConfig)]
+        for key in config.model.model_extra or {}:
+            if key not in known:
+                msg = f"{source}: [model] {key}: unknown key; known here: preset, {', '.join(known)}"
+                raise TrainConfigError(msg)
         try:
             config.model.build()
         except ConfigError as error:

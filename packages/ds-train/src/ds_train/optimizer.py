@@ -55,7 +55,7 @@ class AdamW(keras.optimizers.Optimizer):
         if self.built:
             return
         super().build(variables)
-        self._momentums, self._velocities = self.add_optimizer_variables(
+        self.momentums, self.velocities = self.add_optimizer_variables(
             variables, ["momentum", "velocity"]
         )
 
@@ -77,7 +77,7 @@ class AdamW(keras.optimizers.Optimizer):
     ) -> None:
         """Updates one variable in place with TensorFlow's fused Adam kernel."""
         index = self._get_variable_index(variable)
-        momentum, velocity = self._momentums[index].value, self._velocities[index].value
+        momentum, velocity = self.momentums[index].value, self.velocities[index].value
         dtype = variable.dtype
         # In float64: 1 - b2^t loses half of float32's digits while t is small.
         step = tf.cast(self.iterations + 1, tf.float64)

@@ -1,0 +1,159 @@
+"""One optimizer step as one compiled graph: micro-batches, clipping, AdamW, expert biases.
+
+The forward pass changes no variable, so a step is: gradients and expert loads summed over
+micro-batches and replicas, one update of the weights, then one update of the biases from the
+summed loads.
+
+Compiled with `tf.function`, not XLA: on CPU oneDNN's graph-mode kernels are faster, and the
+experts' row counts are data. Not AutoGraph either: the control flow is explicit.
+
+Shape letters: N micro-batches, B sequences of a micro-batch, S sequence, L expert layers,
+E experts.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import tensorflow as tf
+from ds_model import CausalLM
+from ds_moe import update_biases
+
+from ds_train.config import TrainConfig
+from ds_train.losses import pretraining_loss
+from ds_train.optimizer import AdamW
+
+
+class StepOutput(NamedTuple):
+    """What one optimizer step gives back.
+
+    Attributes:
+        scalars: `loss`, `cross_entropy`, `mtp_cross_entropy` (nats a token),
+            `balance_loss`, `gradient_norm` (before clipping), `learning_rate`; float32.
+        loads: `[L, E]` float32: tokens that each expert got in this step.
+    """
+
+    scalars: dict[str, tf.Tensor]
+    loads: tf.Tensor
+
+
+class _Sums(NamedTuple):
+    gradients: list[tf.Tensor]
+    loads: list[tf.Tensor]
+    scalars: dict[str, tf.Tensor]
+
+
+class TrainStep:
+    """The training step of a model under a configuration.
+
+    Under a `tf.distribute` strategy make model, optimizer and step in its scope and call
+    `replica_step` through `strategy.run`.
+
+    Args:
+        model: Whose trainable variables are trained.
+        optimizer: Already carries the learning-rate schedule.
+        config: Loss weights, clipping, accumulation.
+    """
+
+    def __init__(self, model: CausalLM, optimizer: AdamW, config: TrainConfig) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._config = config
+        self._variables = list(model.trainable_variables)
+        if not optimizer.built:
+            optimizer.build(self._variables)
+        self.compiled = tf.function(self.replica_step, autograph=False)
+
+    def replica_step(self, tokens_NBS: tf.Tensor) -> StepOutput:
+        """Does one optimizer step on this replica's share of the batch.
+
+        Args:
+            tokens_NBS: `[N, B, S + 1]` int32, static shape.
+
+        Returns:
+            Losses are means over all replicas, loads are sums.
+        """
+        sums = self._accumulate(tokens_NBS)
+        count = tokens_NBS.shape[0]
+        gradients = [g / count for g in sums.gradients] if count > 1 else sums.gradients
+        scalars = {name: value / count for name, value in sums.scalars.items()}
+        context = tf.distribute.get_replica_context()
+        replicas = context.num_replicas_in_sync
+        loads = sums.loads
+        if replicas > 1:
+            gradients = context.all_reduce(tf.distribute.ReduceOp.MEAN, gradients)
+            scalars = context.all_reduce(tf.distribute.ReduceOp.MEAN, scalars)
+        gradients, norm = clip_by_global_norm(gradients, self._config.optimizer.clip_norm)
+        step = tf.cast(self._optimizer.iterations, tf.float32)
+        scalars["gradient_norm"] = norm
+        scalars["learning_rate"] = tf.cast(self._optimizer.learning_rate, tf.float32)
+        # Keras' optimizer sums over replicas; these are already the same on all of them.
+        self._optimizer.apply([g / replicas for g in gradients] if replicas > 1 else gradients)
+        self._balance(loads, step)
+        if replicas > 1 and loads:
+            loads = context.all_reduce(tf.distribute.ReduceOp.SUM, loads)
+        return StepOutput(scalars, tf.stack(loads) if loads else tf.zeros([0, 0]))
+
+    def _accumulate(self, tokens_NBS: tf.Tensor) -> _Sums:
+        first = self._micro_batch(tokens_NBS[0])
+        count = tokens_NBS.shape[0]
+        if count == 1:
+            return first
+
+        def add(index: tf.Tensor, sums: _Sums) -> tuple[tf.Tensor, _Sums]:
+            found = self._micro_batch(tokens_NBS[index])
+            return index + 1, tf.nest.map_structure(tf.add, sums, found)
+
+        # A loop in the graph: the model is traced twice, however many micro-batches.
+        _, sums = tf.while_loop(
+            lambda index, _: index < count,
+            add,
+            (tf.constant(1), first),
+            parallel_iterations=1,
+        )
+        return sums
+
+    def _micro_batch(self, tokens_BS: tf.Tensor) -> _Sums:
+        table = self._config.loss
+        with tf.GradientTape() as tape:
+            output = self._model.forward(
+                tokens_BS[:, :-1], training=True, mtp=bool(self._model.mtp)
+            )
+            loss, parts = pretraining_loss(
+                output, tokens_BS, self._mtp_weight(), table.balance_alpha
+            )
+        gradients = tape.gradient(
+            loss, self._variables, unconnected_gradients=tf.UnconnectedGradients.ZERO
+        )
+        return _Sums(
+            [tf.convert_to_tensor(g) for g in gradients],  # sum the embedding's repeated rows
+            [routing.load for routing in output.routings],
+            {"loss": loss, **parts},
+        )
+
+    def _mtp_weight(self) -> tf.Tensor:
+        table, steps = self._config.loss, self._config.train.steps
+        late = tf.cast(self._optimizer.iterations, tf.float32) >= table.mtp_late_from * steps
+        return tf.where(late, table.mtp_weight_late, table.mtp_weight)
+
+    def _balance(self, loads: Sequence[tf.Tensor], step: tf.Tensor) -> None:
+        table, steps = self._config.loss, self._config.train.steps
+        if not loads or table.bias_update_speed == 0:
+            return
+        # The paper stops moving the biases for the last 500B of 14.8T tokens.
+        moving = step < table.bias_update_until * steps
+        speed = tf.where(moving, table.bias_update_speed, 0.0)
+        routers = [layer.gate for layer in self._model.moe_layers]
+        update_biases(routers, loads, speed)  # sums the loads over replicas itself
+
+
+def clip_by_global_norm(
+    gradients: Sequence[tf.Tensor], clip_norm: float
+) -> tuple[list[tf.Tensor], tf.Tensor]:
+    """Scales all gradients by `min(1, clip_norm / (norm + 1e-6))`, as torch's clipping does.
+
+    Returns:
+        The scaled gradients and their norm before, float32.
+    """
+    norm = tf.linalg.global_norm(gradients)
+    scale = tf.minimum(1.0, clip_norm / (norm + 1e-6))
+    return [g * tf.cast(scale, g.dtype) for g in gradients], norm

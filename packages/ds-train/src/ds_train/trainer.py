@@ -1,0 +1,206 @@
+"""The training run: batches in, checkpoints and metrics out, from wherever it stopped."""
+
+import hashlib
+import math
+import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from ds_model import CausalLM, ModelConfig
+from ds_moe import max_violation
+
+from ds_train.callbacks import Callback, StepMetrics
+from ds_train.checkpoint import CheckpointStore
+from ds_train.config import TrainConfig
+from ds_train.data import PackedSequences, TokenFile
+from ds_train.errors import CheckpointError, TrainError
+from ds_train.metrics_log import MetricsLog
+from ds_train.optimizer import AdamW
+from ds_train.step import StepOutput, TrainStep
+
+# Tables whose values do not change the numbers of a run.
+_FREE_TABLES = ("checkpoint",)
+_FREE_KEYS = {"train": ("log_every",), "data": ("suffixes", "held_out")}
+
+
+class Trainer:
+    """Trains a model on packed tokens; a run with the same `out` goes on where it stopped.
+
+    The model's weights, the order of the data and every step follow from the configuration
+    and the tokens, so a run that was killed and resumed ends in the same bits as one that was
+    not.
+
+    Args:
+        config: Everything that decides the run.
+        tokens: A token file, or ids `[tokens]` of an unsigned integer type.
+        out: Folder for `checkpoints/` and `metrics.jsonl`.
+        model_config: The model, where it is not `config.model.build()` as it stands.
+        callbacks: Who else hears of each step.
+
+    Attributes:
+        model: The model in training, made from `config.train.seed`.
+        optimizer: Its AdamW.
+        checkpoints: The run's checkpoints.
+
+    Raises:
+        DataError: If the text is too short for one sequence.
+        TrainError: If a token is outside the model's vocabulary.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        tokens: TokenFile | np.ndarray,
+        out: str | Path,
+        model_config: ModelConfig | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.config = config
+        self.out = Path(out)
+        ids = tokens.open() if isinstance(tokens, TokenFile) else tokens
+        self._data = PackedSequences(ids, config.data.sequence_length, config.train.seed)
+        self._model_config = model_config or config.model.build()
+        if int(ids.max()) >= self._model_config.vocab_size:
+            msg = (
+                f"token id {int(ids.max())} in the data is outside the model's vocabulary; "
+                f"vocab_size is {self._model_config.vocab_size}"
+            )
+            raise TrainError(msg)
+        self._data_sha256 = tokens.sha256 if isinstance(tokens, TokenFile) else _digest(ids)
+        keras.utils.set_random_seed(config.train.seed)
+        self.model = CausalLM(self._model_config, dtype=config.train.dtype_policy)
+        table = config.optimizer
+        self.optimizer = AdamW(
+            config.learning_rate(),
+            table.beta_1,
+            table.beta_2,
+            epsilon=table.epsilon,
+            weight_decay=table.weight_decay,
+        )
+        self._step = TrainStep(self.model, self.optimizer, config)
+        self.checkpoints = CheckpointStore(self.out / "checkpoints", config.checkpoint.keep)
+        log = MetricsLog(self.out / "metrics.jsonl", config.train.log_every)
+        self._callbacks = [log, *callbacks]
+
+    def train(self, resume: bool = True) -> CausalLM:
+        """Does the steps that are left and returns the trained model.
+
+        Args:
+            resume: Go on from the last checkpoint under `out`; else start at step 0, which
+                is refused while there are checkpoints, so that nothing is lost.
+
+        Raises:
+            CheckpointError: If a checkpoint is broken, of another run, or cannot be written.
+            TrainError: If the loss is no longer finite.
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        step = self._restore(resume)
+        steps = self.config.train.steps
+        for callback in self._callbacks:
+            callback.on_start(step, steps)
+        try:
+            while step < steps:
+                self._one_step(step)
+                step += 1
+                if step % self.config.checkpoint.every == 0 or step == steps:
+                    path = self.checkpoints.save(step, self.model, self.optimizer, self._state())
+                    for callback in self._callbacks:
+                        callback.on_checkpoint(path)
+        finally:
+            for callback in self._callbacks:
+                callback.on_end(step)
+        return self.model
+
+    def _one_step(self, step: int) -> None:
+        table = self.config.train
+        batch = self._data.batch(step, table.batch_size)
+        start = time.perf_counter()
+        # [accumulation, micro-batch, S + 1]
+        shaped = batch.reshape(table.accumulation, -1, batch.shape[-1])
+        output: StepOutput = self._step.compiled(tf.constant(shaped))
+        scalars = {name: float(value) for name, value in output.scalars.items()}
+        seconds = time.perf_counter() - start
+        if not math.isfinite(scalars["loss"]) or not math.isfinite(scalars["gradient_norm"]):
+            msg = (
+                f"step {step + 1}: loss {scalars['loss']} and gradient norm "
+                f"{scalars['gradient_norm']} must be finite; lower [schedule] peak "
+                f"({self.config.schedule.peak}) and go on from the last checkpoint"
+            )
+            raise TrainError(msg)
+        metrics = StepMetrics(
+            step=step + 1,
+            tokens_per_second=batch[:, 1:].size / seconds,
+            max_violation=tuple(max_violation(output.loads).numpy().tolist()),
+            loads=output.loads.numpy(),
+            **scalars,
+        )
+        for callback in self._callbacks:
+            callback.on_step(metrics)
+
+    def _restore(self, resume: bool) -> int:
+        steps = self.checkpoints.steps()
+        if not steps:
+            return 0
+        if not resume:
+            msg = (
+                f"{self.checkpoints.folder}: has checkpoints up to step {steps[-1]}; choose "
+                "another --out, remove that folder, or resume"
+            )
+            raise CheckpointError(msg)
+        state = self.checkpoints.read_state(steps[-1])
+        self._check_same_run(state, self.checkpoints.path(steps[-1]))
+        self.checkpoints.load(steps[-1], self.model, self.optimizer)
+        return steps[-1]
+
+    def _check_same_run(self, state: dict[str, Any], path: Path) -> None:
+        now = self._state()
+        for table, values in _decisive(now["config"]).items():
+            was = _decisive(state.get("config", {})).get(table, {})
+            for key in sorted(values.keys() | was.keys()):
+                if values.get(key) != was.get(key):
+                    msg = (
+                        f"{path}: of another run: [{table}] {key} was {was.get(key)!r} and is "
+                        f"now {values.get(key)!r}; set it back or choose another --out"
+                    )
+                    raise CheckpointError(msg)
+        for key, what in (("model", "the model"), ("data_sha256", "the text")):
+            if state.get(key) != now[key]:
+                msg = f"{path}: of another run: {what} has changed; choose another --out"
+                raise CheckpointError(msg)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "model": _as_json(self._model_config.to_dict()),
+            "data_sha256": self._data_sha256,
+            "versions": {name: _version(name) for name in ("tensorflow", "keras", "ds-train")},
+        }
+
+
+def _decisive(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {
+        table: {k: v for k, v in values.items() if k not in _FREE_KEYS.get(table, ())}
+        for table, values in config.items()
+        if table not in _FREE_TABLES
+    }
+
+
+def _digest(ids: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(ids).tobytes()).hexdigest()
+
+
+def _as_json(values: dict[str, Any]) -> dict[str, Any]:
+    """As it reads back from JSON: tuples become lists."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a source tree
+        return "source"
