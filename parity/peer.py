@@ -18,7 +18,8 @@ from safetensors.numpy import load_file
 from torch.nn import functional
 from transformers.modeling_layers import MtpModel
 
-torch.set_num_threads(2)
+# Tiny tensors gain nothing from threads, and threads that wait get in TensorFlow's way.
+torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 
 

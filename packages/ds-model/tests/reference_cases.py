@@ -66,7 +66,7 @@ _BASE_V3: dict[str, Any] = {
 }
 
 _BASE_V2: dict[str, Any] = {
-    **{k: v for k, v in _BASE_V3.items() if k not in {"rope_interleave"}},
+    **{k: v for k, v in _BASE_V3.items() if k != "rope_interleave"},
     "architectures": ["DeepseekV2ForCausalLM"],
     "model_type": "deepseek_v2",
     "scoring_func": "softmax",
@@ -88,7 +88,7 @@ def yarn(factor: float, original: int, **more: float) -> dict[str, Any]:
     }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Case:
     """One tiny model and one batch.
 
@@ -112,6 +112,11 @@ class Case:
     def depth(self) -> int:
         """Number of multi-token-prediction modules in the checkpoint."""
         return self.config.get("num_nextn_predict_layers", 0)
+
+    @property
+    def moe_layers(self) -> int:
+        """Number of layers with experts in the main model."""
+        return self.config["num_hidden_layers"] - self.config["first_k_dense_replace"]
 
     def batch(self) -> tuple[np.ndarray, np.ndarray]:
         """Return token ids and mask, `[batch, sequence]` int32 each, padded on the left.

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
-from ds_model import CausalLM
 from safetensors.numpy import load_file
+
+from ds_model import CausalLM
 
 
 def experts(model: CausalLM, ids: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -10,10 +10,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import ds_attention.mla
-import ds_moe.router
 import pytest
 import tensorflow as tf
+
+import ds_attention.mla
 from ds_attention.rope import YarnConfig
 from ds_moe.router import Router
 
