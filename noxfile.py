@@ -12,6 +12,7 @@ from __future__ import annotations
 import shutil
 import sys
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 import nox
@@ -116,19 +117,16 @@ def tests(session: nox.Session, package: str) -> None:
 @nox.session
 @per_package
 def compat(session: nox.Session, package: str) -> None:
-    """Test one package beside the oldest release of each sibling that its ranges admit."""
-    siblings = siblings_of(package)
-    if not siblings:
-        session.skip(f"{package} has no siblings")
+    """Test one package beside the oldest versions that its ranges admit, siblings and others."""
     wheels = wheels_for(session, package)
-    for name, requirement in siblings.items():
+    for name, requirement in siblings_of(package).items():
         released = oldest_release(session, requirement)
         if released is None:
             session.log(f"{requirement}: no release is tagged yet, so the current one stands in")
         else:
             session.log(f"{requirement}: {released.name}")
             wheels[name] = released
-    run_tests(session, package, wheels, cover=False)
+    run_tests(session, package, wheels, oldest=True)
 
 
 @nox.session(venv_backend="venv")
@@ -182,7 +180,7 @@ def bench(session: nox.Session) -> None:
 @nox.session
 def release(session: nox.Session) -> None:
     """Release one package: `nox -s release -- ds-moe minor` (or major, patch)."""
-    session.install(*nox.project.dependency_groups(GROUPS, "tools"), "build[uv]")
+    session.install(*nox.project.dependency_groups(GROUPS, "tools"))
     session.run("python", "tools/release.py", *session.posargs)
 
 
@@ -207,7 +205,10 @@ def build(session: nox.Session, source: Path, out: Path) -> Path:
 
 
 def install_wheels(
-    session: nox.Session, *wanted: str, wheels: dict[str, Path] | None = None
+    session: nox.Session,
+    *wanted: str,
+    wheels: dict[str, Path] | None = None,
+    options: Sequence[str] = (),
 ) -> None:
     """Install packages from wheels built here, and their siblings never from anywhere else.
 
@@ -215,6 +216,7 @@ def install_wheels(
         session: the session whose environment is filled.
         wanted: package names, each with extras or without, such as "ds-train[plot]".
         wheels: the wheel of each package; built from the working tree where not given.
+        options: more words for the installer.
     """
     names = {name.partition("[")[0]: name for name in wanted}
     wheels = wheels or wheels_for(session, *names)
@@ -224,7 +226,7 @@ def install_wheels(
     here = ("--python", python_of(session))
     session.run(*UV, "pip", "uninstall", "-q", *here, *wheels, external=True)
     targets = [f"{target} @ {wheels[name].as_uri()}" for name, target in names.items()]
-    session.install("-q", "--constraint", str(pins), *targets)
+    session.install("-q", *options, "--constraint", str(pins), *targets)
 
 
 def python_of(session: nox.Session) -> str:
@@ -256,12 +258,20 @@ def oldest_release(session: nox.Session, requirement: Requirement) -> Path | Non
 
 
 def run_tests(
-    session: nox.Session, package: str, wheels: dict[str, Path], *, cover: bool = True
+    session: nox.Session, package: str, wheels: dict[str, Path], *, oldest: bool = False
 ) -> None:
-    """Install one package's wheel beside the given siblings' wheels, and test it alone."""
+    """Install one package's wheel beside the given siblings' wheels, and test it alone.
+
+    Args:
+        session: the session whose environment is filled.
+        package: the package to test.
+        wheels: its own wheel and its siblings'.
+        oldest: take the lowest version that each declared range admits, not the highest.
+    """
     extra = "[plot]" if "plot" in PROJECTS[package].get("optional-dependencies", {}) else ""
     session.install("-q", *nox.project.dependency_groups(GROUPS, "test"))
-    install_wheels(session, f"{package}{extra}", wheels=wheels)
+    resolution = ("--resolution", "lowest-direct") if oldest else ()
+    install_wheels(session, f"{package}{extra}", wheels=wheels, options=resolution)
     session.chdir(ROOT / "packages" / package)  # src layout: only the wheel can be imported
     session.run("deptry", "src", silent=True)
     coverage = [
@@ -269,7 +279,7 @@ def run_tests(
         f"--cov-config={ROOT / 'pyproject.toml'}",
         f"--cov-fail-under={COVERAGE}",
     ]
-    session.run("pytest", "-q", *(coverage if cover else ()), *session.posargs, env=QUIET)
+    session.run("pytest", "-q", *(() if oldest else coverage), *session.posargs, env=QUIET)
 
 
 def install_peer(session: nox.Session) -> None:

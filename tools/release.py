@@ -19,7 +19,8 @@ from pathlib import Path
 
 from packaging.version import Version
 
-import interfaces
+from interface_stub import InterfaceError
+from interfaces import check
 from workspace import ROOT, Package, git, packages, pinned_by, released_versions
 
 PARTS = ("major", "minor", "patch", "current")
@@ -61,7 +62,7 @@ def replace_once(path: Path, pattern: str, text: str) -> None:
 
 
 def move_version(package: Package, version: Version, root: Path) -> list[Path]:
-    """Write a new version, and move the pins of dependants where theirs no longer admit it."""
+    """Write a new version, and move the siblings' pins that do not admit it."""
     changed = [package.folder / "pyproject.toml"]
     replace_once(changed[0], r'^version = ".*"$', f'version = "{version}"')
     lock = root / "poetry.lock"
@@ -83,10 +84,10 @@ def move_version(package: Package, version: Version, root: Path) -> list[Path]:
     return changed
 
 
-def move_locked_pin(lock: Path, dependant: str, name: str, range_: str) -> None:
-    """Write the moved pin on `name` into the dependant's entry of the lock."""
+def move_locked_pin(lock: Path, user: str, name: str, range_: str) -> None:
+    """Write the moved pin on `name` into its user's entry of the lock."""
     text = lock.read_text(encoding="utf-8")
-    start = text.index(f'name = "{dependant}"\n')
+    start = text.index(f'name = "{user}"\n')
     end = text.find("[[package]]", start)
     pin = f'{name} = "{range_}"'
     entry = re.sub(rf'^{name} = ".*"$', pin, text[start:end], flags=re.MULTILINE)
@@ -132,7 +133,7 @@ def refuse_unless_sound(package: Package, version: Version, part: str, root: Pat
     released = released_versions(package.name, root)
     if released and version <= released[-1]:
         raise ReleaseError(f"{package.name} {version}: {released[-1]} is already released")
-    stale = interfaces.check(package, root) if part in {"patch", "current"} else []
+    stale = check(package, root) if part in {"patch", "current"} else []
     if stale:
         raise ReleaseError("\n".join(stale))
 
@@ -150,7 +151,7 @@ def release(package: Package, version: Version, root: Path) -> str:
         git("add", "--", *map(str, [*changed, package.snapshot]), root=root)
         git("commit", "--quiet", "--message", f"Release {package.name} {version}", root=root)
         git("tag", "--annotate", tag, "--message", f"{package.name} {version}", root=root)
-    except (ReleaseError, interfaces.InterfaceError, subprocess.CalledProcessError, OSError):
+    except (ReleaseError, InterfaceError, subprocess.CalledProcessError, OSError):
         git("reset", "--quiet", "--hard", start, root=root)
         raise
     moved = [path.parent.name for path in changed if path.name == "pyproject.toml"][1:]
@@ -165,7 +166,7 @@ def record_interface(name: str, root: Path) -> None:
     Raises:
         ReleaseError: the new version does not announce what broke.
     """
-    broken = interfaces.check(packages(root)[name], root, write=True)
+    broken = check(packages(root)[name], root, write=True)
     if broken:
         raise ReleaseError("\n".join(broken))
 
@@ -173,7 +174,7 @@ def record_interface(name: str, root: Path) -> None:
 def build_wheel(package: Package, root: Path) -> Path:
     """Build the package's wheel into dist/."""
     out = root / "dist"
-    command = [sys.executable, "-m", "build", "--wheel", "--installer", "uv", "--outdir", str(out)]
+    command = [sys.executable, "-m", "uv", "build", "--wheel", "--out-dir", str(out)]
     subprocess.run([*command, str(package.folder)], check=True, capture_output=True, text=True)
     version = packages(root)[package.name].version
     return next(out.glob(f"{package.module}-{version}-*.whl"))
@@ -196,7 +197,7 @@ def main(arguments: list[str], root: Path = ROOT) -> int:
         else:
             refuse_unless_sound(package, version, asked.part, root)
             print(release(package, version, root))
-    except (ReleaseError, interfaces.InterfaceError) as error:
+    except (ReleaseError, InterfaceError) as error:
         print(f"release: {error}", file=sys.stderr)
         return 2
     except subprocess.CalledProcessError as error:
