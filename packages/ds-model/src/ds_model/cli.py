@@ -89,7 +89,8 @@ def convert_command(
     if as_json:
         typer.echo(json.dumps({"source": str(source), "target": str(target), "form": to.value}))
     else:
-        typer.echo(f"{target}: written. Try: ds-model inspect {target}")
+        following = f" Try: ds-model inspect {target}" if to is Form.HF else ""
+        typer.echo(f"{target}: written.{following}")
 
 
 def main() -> None:
@@ -109,7 +110,10 @@ def _one_line_errors() -> Iterator[None]:
 @contextmanager
 def _progress_bar(name: str) -> Iterator[Progress]:
     columns = (TextColumn(name), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         bar.add_task(name, total=None)
         yield bar
 

@@ -1,7 +1,7 @@
 """From a released directory into a built model."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import keras
 import ml_dtypes
@@ -55,9 +55,12 @@ def variable_at(model: "CausalLM", entry: Entry) -> keras.Variable:
     Raises:
         CheckpointError: the model was not built as its config says.
     """
-    place: object = model
+    place: Any = model
     for step in entry.path.split("."):
-        place = place[int(step)] if step.isdigit() else getattr(place, step, None)
+        if step.isdigit():
+            place = place[int(step)] if int(step) < len(place) else None
+        else:
+            place = getattr(place, step, None)
     if place is None or tuple(place.shape) != entry.shape:
         shape = "missing" if place is None else list(place.shape)
         message = f"variable {entry.path} is {shape}, and the layout has {list(entry.shape)}"

@@ -109,7 +109,10 @@ class TensorWriter:
         draft = atomic.partial(self._directory / f"model-{len(self._drafts) + 1:05d}.safetensors")
         self._drafts.append(draft)
         try:
+            draft.touch()
+            mode = draft.stat().st_mode
             save_file(self._pending, draft, metadata={"format": "pt"})
+            draft.chmod(mode)  # safetensors makes files that only their owner can read
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{draft} can't be written: {error}") from error
         self._pending = {}
