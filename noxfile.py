@@ -268,10 +268,13 @@ def run_tests(
         wheels: its own wheel and its siblings'.
         oldest: take the lowest version that each declared range admits, not the highest.
     """
-    extra = "[plot]" if "plot" in PROJECTS[package].get("optional-dependencies", {}) else ""
+    project = PROJECTS[package]
+    plot = project["optional-dependencies"].get("plot", [])
+    extra = "[plot]" if plot else ""
+    declared = [line for line in project["dependencies"] + plot if not line.startswith("ds-")]
     session.install("-q", *nox.project.dependency_groups(GROUPS, "test"))
-    resolution = ("--resolution", "lowest-direct") if oldest else ()
-    install_wheels(session, f"{package}{extra}", wheels=wheels, options=resolution)
+    options = ("--upgrade", "--resolution", "lowest-direct", *declared) if oldest else ()
+    install_wheels(session, f"{package}{extra}", wheels=wheels, options=options)
     session.chdir(ROOT / "packages" / package)  # src layout: only the wheel can be imported
     session.run("deptry", "src", silent=True)
     coverage = [
