@@ -4,13 +4,14 @@ import logging
 
 import numpy as np
 import pytest
+from reference_cases import CASES
+from reference_weights import weights
+from safetensors.numpy import save_file
+
 from ds_model.checkpoint.checking import check_layout, mtp_depth_present
 from ds_model.checkpoint.reader import SINGLE, TensorFiles
 from ds_model.config import ModelConfig
 from ds_model.errors import CheckpointError
-from reference_cases import CASES
-from reference_weights import weights
-from safetensors.numpy import save_file
 
 RELEASED = next(case for case in CASES if case.name == "released")
 CONFIG = ModelConfig.from_dict(RELEASED.config)

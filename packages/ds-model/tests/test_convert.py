@@ -6,12 +6,13 @@ import os
 import ml_dtypes
 import numpy as np
 import pytest
-from ds_model import CausalLM, CheckpointError, ModelConfig
-from ds_model.checkpoint.convert import to_hf, to_keras
-from ds_model.checkpoint.reader import SINGLE, TensorFiles
 from reference_cases import CASES
 from reference_weights import weights, write_checkpoint
 from safetensors.numpy import save_file
+
+from ds_model import CausalLM, CheckpointError, ModelConfig
+from ds_model.checkpoint.convert import to_hf, to_keras
+from ds_model.checkpoint.reader import SINGLE, TensorFiles
 
 RELEASED = next(case for case in CASES if case.name == "released")
 BIAS = "e_score_correction_bias"
@@ -75,7 +76,7 @@ def test_an_absent_mtp_module_stays_absent(source, tmp_path):
     assert CausalLM.from_pretrained(tmp_path / "target").mtp == []
 
 
-def test_nothing_is_overwritten(source, tmp_path):
+def test_nothing_is_overwritten(source):
     before = (source / SINGLE).read_bytes()
     for target in (source, source / SINGLE):
         with pytest.raises(CheckpointError, match="exists"):

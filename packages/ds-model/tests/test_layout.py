@@ -3,10 +3,11 @@
 from math import prod
 
 import pytest
-from ds_model.checkpoint.layout import empty_tensors, layout
-from ds_model.config import ModelConfig
 from reference_cases import CASES
 from reference_weights import released_shapes
+
+from ds_model.checkpoint.layout import empty_tensors, layout
+from ds_model.config import ModelConfig
 
 V3 = ModelConfig.preset("v3-671b")
 V2_LITE = ModelConfig.preset("v2-lite")

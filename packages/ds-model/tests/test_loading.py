@@ -5,14 +5,15 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
+from reference_cases import CASES
+from reference_weights import weights, write_checkpoint
+from safetensors.numpy import save_file
+
 from ds_model import CausalLM, CheckpointError
 from ds_model.checkpoint.layout import layout
 from ds_model.checkpoint.loading import load_into, variable_at
 from ds_model.checkpoint.reader import INDEX, SINGLE
 from ds_model.config import ModelConfig
-from reference_cases import CASES
-from reference_weights import weights, write_checkpoint
-from safetensors.numpy import save_file
 
 RELEASED = next(case for case in CASES if case.name == "released")
 TIED = next(case for case in CASES if case.config["tie_word_embeddings"])
@@ -57,7 +58,9 @@ def test_kernels_compute_the_released_products(model):
     expert = model.mtp[0].block.mlp.gate_up_proj.numpy()[5]
     np.testing.assert_allclose(x @ expert, both, rtol=1e-3, atol=1e-5)
     router = model.blocks[2].mlp.gate
-    np.testing.assert_array_equal(router.weight.numpy().T, tensors["model.layers.2.mlp.gate.weight"])
+    np.testing.assert_array_equal(
+        router.weight.numpy().T, tensors["model.layers.2.mlp.gate.weight"]
+    )
     np.testing.assert_array_equal(
         router.e_score_correction_bias.numpy(),
         tensors["model.layers.2.mlp.gate.e_score_correction_bias"],

@@ -1,6 +1,7 @@
 """Counts against published figures, and against built and counted variables."""
 
 import pytest
+
 from ds_model import CausalLM, ModelConfig, parameter_counts
 
 V3 = ModelConfig.preset("v3-671b")

@@ -6,11 +6,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from ds_model.checkpoint.reader import INDEX, SINGLE, TensorFiles
-from ds_model.errors import CheckpointError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save, save_file
+
+from ds_model.checkpoint.reader import INDEX, SINGLE, TensorFiles
+from ds_model.errors import CheckpointError
 
 A = np.arange(6, dtype=np.float32).reshape(2, 3)
 B = np.arange(4).astype(ml_dtypes.bfloat16)

@@ -5,11 +5,12 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
+from reference_cases import CASES
+from reference_weights import released_shapes, weights, write_checkpoint
+
 from ds_model import CausalLM, CheckpointError
 from ds_model.checkpoint.reader import TensorFiles
 from ds_model.checkpoint.saving import save
-from reference_cases import CASES
-from reference_weights import released_shapes, weights, write_checkpoint
 
 CHOSEN = [case for case in CASES if case.committed or case.config["tie_word_embeddings"]]
 RELEASED = next(case for case in CASES if case.name == "released")
@@ -77,7 +78,5 @@ def test_a_bfloat16_model_is_stored_as_bfloat16(tmp_path, model):
     save(small, tmp_path)
     found = stored(tmp_path)
     assert found["lm_head.weight"].dtype == ml_dtypes.bfloat16
-    np.testing.assert_array_equal(
-        found["lm_head.weight"], np.asarray(small.lm_head.kernel.value).T
-    )
+    np.testing.assert_array_equal(found["lm_head.weight"], np.asarray(small.lm_head.kernel.value).T)
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from ds_model.checkpoint.layout import Entry, Tensor, Transform
-from ds_model.checkpoint.transforms import join, split
 from hypothesis import given
 from hypothesis import strategies as st
+
+from ds_model.checkpoint.layout import Entry, Tensor, Transform
+from ds_model.checkpoint.transforms import join, split
 
 D, I, E = 5, 3, 4  # noqa: E741 - the letters of the layout
 NUMBERS = np.random.default_rng(0)
@@ -20,9 +21,7 @@ CASES = {
     Transform.TRANSPOSE: entry(Transform.TRANSPOSE, (D, I), (I, D)),
     Transform.GATE_UP: entry(Transform.GATE_UP, (D, 2 * I), (I, D), (I, D)),
     Transform.EXPERTS: entry(Transform.EXPERTS, (E, I, D), *[(D, I)] * E),
-    Transform.EXPERTS_GATE_UP: entry(
-        Transform.EXPERTS_GATE_UP, (E, D, 2 * I), *[(I, D)] * (2 * E)
-    ),
+    Transform.EXPERTS_GATE_UP: entry(Transform.EXPERTS_GATE_UP, (E, D, 2 * I), *[(I, D)] * (2 * E)),
 }
 
 

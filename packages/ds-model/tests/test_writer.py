@@ -6,12 +6,13 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from ds_model.checkpoint.reader import INDEX, SINGLE, TensorFiles
-from ds_model.checkpoint.writer import TensorWriter
-from ds_model.errors import CheckpointError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+
+from ds_model.checkpoint.reader import INDEX, SINGLE, TensorFiles
+from ds_model.checkpoint.writer import TensorWriter
+from ds_model.errors import CheckpointError
 
 
 def write(directory, arrays, limit=10**9):
@@ -49,8 +50,8 @@ def test_what_is_written_is_read(sizes, limit, tmp_path_factory):
     write(directory, written, limit)
     found = read(directory)
     assert found.keys() == written.keys()
-    for name in written:
-        np.testing.assert_array_equal(found[name], written[name])
+    for name, array in written.items():
+        np.testing.assert_array_equal(found[name], array)
     for file in directory.glob("*.safetensors"):
         with safe_open(file, "numpy") as opened:
             held = [opened.get_tensor(name).nbytes for name in opened.keys()]  # noqa: SIM118

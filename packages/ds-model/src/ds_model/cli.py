@@ -4,12 +4,12 @@ Exit code 0 on success, 2 on bad input with one line on stderr.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 from rich.console import Console
@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from ds_model.checkpoint.convert import to_hf, to_keras
+from ds_model.checkpoint.saving import DTypeName
 from ds_model.errors import CheckpointError, ConfigError, TokenizerError
 from ds_model.inspection import Inspection, inspect
 
@@ -73,19 +74,12 @@ def convert_command(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Write a checkpoint in another dtype or form. DST appears only when it is whole."""
-    wanted = None if dtype is None else dtype.value
-    with _one_line_errors(), _progress_bar(source.name) as bar:
+    wanted = cast("DTypeName | None", dtype and dtype.value)
+    with _one_line_errors(), _progress_bar(source.name) as progress:
         if to is Form.KERAS:
             to_keras(source, target, wanted)
         else:
-            to_hf(
-                source,
-                target,
-                wanted,
-                progress=lambda done, total: bar.update(
-                    bar.task_ids[0], completed=done, total=total
-                ),
-            )
+            to_hf(source, target, wanted, progress=progress)
     if as_json:
         typer.echo(json.dumps({"source": str(source), "target": str(target), "form": to.value}))
     else:
@@ -108,14 +102,15 @@ def _one_line_errors() -> Iterator[None]:
 
 
 @contextmanager
-def _progress_bar(name: str) -> Iterator[Progress]:
-    columns = (TextColumn(name), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+def _progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
     console = Console(stderr=True)
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        bar.add_task(name, total=None)
-        yield bar
+    if not console.is_terminal:
+        yield lambda done, total: None  # noqa: ARG005 - nobody watches
+        return
+    columns = (TextColumn(name), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _table(found: Inspection) -> Table:

@@ -233,7 +233,7 @@ class Tokenizer:
         Raises:
             TokenizerError: the tokenizer is not byte-level.
         """
-        if json.loads(self._backend.to_str())["decoder"]["type"] != "ByteLevel":
+        if not isinstance(self._backend.decoder, decoders.ByteLevel):
             raise TokenizerError("only byte-level tokenizers can be decoded as a stream")
         special = self._special_ids if skip_special_tokens else frozenset()
         return StreamDecoder(lambda token: b"" if token in special else self._bytes(token))
