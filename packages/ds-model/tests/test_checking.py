@@ -99,13 +99,27 @@ def test_a_tied_head_may_be_stored(tmp_path):
     check(tmp_path, tensors | head, ModelConfig.from_dict(case.config))
 
 
-def test_depth_is_what_config_announces_if_any_tensor_is_there(tmp_path, tensors, caplog):
+def test_depth_is_what_config_announces_if_its_tensors_are_there(tmp_path, tensors, caplog):
     save_file(tensors, tmp_path / SINGLE)
     assert mtp_depth_present(tmp_path, CONFIG) == 1
-    partial = [name for name in tensors if name.startswith(MTP)][1:]
-    save_file(without(tensors, *partial), tmp_path / SINGLE)
-    assert mtp_depth_present(tmp_path, CONFIG) == 1
     assert not caplog.records
+
+
+def test_a_module_in_part_is_refused_before_a_model_is_built(tmp_path, tensors):
+    names = [name for name in tensors if name.startswith(MTP)]
+    save_file(without(tensors, *names[1:]), tmp_path / SINGLE)
+    with pytest.raises(CheckpointError, match=f"missing.*{MTP}"):
+        mtp_depth_present(tmp_path, CONFIG)
+
+
+def test_an_absurd_config_is_refused_in_bounded_memory(tmp_path, tensors):
+    save_file(tensors, tmp_path / SINGLE)
+    for absurd in (
+        {"num_hidden_layers": 10**9},
+        {"n_routed_experts": 10**9, "n_group": 1, "topk_group": 1},
+    ):
+        with pytest.raises(CheckpointError, match="1,000,000,000"):
+            mtp_depth_present(tmp_path, CONFIG.replace(**absurd))
 
 
 def test_depth_is_zero_with_a_notice_if_no_tensor_is_there(tmp_path, tensors, caplog):
@@ -117,7 +131,9 @@ def test_depth_is_zero_with_a_notice_if_no_tensor_is_there(tmp_path, tensors, ca
     check(tmp_path, main, CONFIG.replace(num_nextn_predict_layers=0))
 
 
-def test_no_notice_where_config_announces_none(tmp_path, caplog):
+def test_no_notice_where_config_announces_none(tmp_path, tensors, caplog):
+    main = {name: array for name, array in tensors.items() if not name.startswith(MTP)}
+    save_file(main, tmp_path / SINGLE)
     assert mtp_depth_present(tmp_path, CONFIG.replace(num_nextn_predict_layers=0)) == 0
     assert not caplog.records
 

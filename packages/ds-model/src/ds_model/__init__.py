@@ -2,7 +2,7 @@
 
 from ds_model.causal_lm import CausalLM, ModelOutput
 from ds_model.config import ModelConfig
-from ds_model.errors import CheckpointError, ConfigError
+from ds_model.errors import CheckpointError, ConfigError, TokenizerError
 from ds_model.generate import GenerationStats
 from ds_model.parameters import parameter_counts
 from ds_model.tokenizer import Tokenizer
@@ -15,5 +15,6 @@ __all__ = [
     "ModelConfig",
     "ModelOutput",
     "Tokenizer",
+    "TokenizerError",
     "parameter_counts",
 ]

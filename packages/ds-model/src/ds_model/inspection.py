@@ -6,7 +6,7 @@ from math import prod
 from pathlib import Path
 
 from ds_attention import memory_report
-from ds_model.checkpoint.checking import check_layout, mtp_depth_present
+from ds_model.checkpoint.checking import check_layout, present_depth
 from ds_model.checkpoint.reader import TensorFiles
 from ds_model.config import ModelConfig
 from ds_model.errors import CheckpointError
@@ -77,11 +77,11 @@ def inspect(target: str | Path) -> Inspection:
 
 def _inspect_directory(directory: Path) -> Inspection:
     config = ModelConfig.from_pretrained(directory)
-    depth = mtp_depth_present(directory, config)
-    config = config.replace(num_nextn_predict_layers=depth)
     dtypes: Counter[str] = Counter()
     problem = None
     with TensorFiles(directory) as files:
+        depth = present_depth(files, config)
+        config = config.replace(num_nextn_predict_layers=depth)
         for name in files.names:
             dtypes[files.dtype(name)] += prod(files.shape(name))
         size = files.nbytes

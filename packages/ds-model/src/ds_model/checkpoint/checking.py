@@ -48,24 +48,29 @@ def mtp_depth_present(directory: Path | str, config: ModelConfig) -> int:
     """How many MTP modules to build: what config.json announces, or 0 if the files have none.
 
     `transformers` writes `num_nextn_predict_layers: 1` and no such tensors, so wholly absent
-    modules are legal, and said in the log. Modules there in part are reported when loading.
+    modules are legal, and said in the log. The whole layout is checked too, so that a checkpoint
+    that can't be loaded is refused before memory is spent on a model.
 
     Raises:
-        CheckpointError: the directory can't be read.
+        CheckpointError: the directory can't be read, or is not the model of `config`.
     """
-    announced, first = config.num_nextn_predict_layers, config.num_hidden_layers
-    if not announced:
-        return 0
-    stems = tuple(f"model.layers.{first + depth}." for depth in range(announced))
     with TensorFiles(directory) as files:
-        if any(name.startswith(stems) for name in files.names):
-            return announced
-    logger.warning(
-        "%s announces %d MTP module(s) and holds no tensor of them: loaded without MTP",
-        directory,
-        announced,
-    )
-    return 0
+        depth = present_depth(files, config)
+        check_layout(files, config.replace(num_nextn_predict_layers=depth))
+    if depth < config.num_nextn_predict_layers:
+        logger.warning(
+            "%s announces %d MTP module(s) and holds no tensor of them: loaded without MTP",
+            directory,
+            config.num_nextn_predict_layers,
+        )
+    return depth
+
+
+def present_depth(files: TensorFiles, config: ModelConfig) -> int:
+    """The depth that `config` announces if any tensor of its MTP modules is there, else 0."""
+    announced, first = config.num_nextn_predict_layers, config.num_hidden_layers
+    stems = tuple(f"model.layers.{first + depth}." for depth in range(announced))
+    return announced if any(name.startswith(stems) for name in files.names) else 0
 
 
 def _expected(name: str, known: dict[str, Tensor], files: TensorFiles) -> bool:

@@ -11,7 +11,7 @@ from zipfile import BadZipFile
 import keras
 
 from ds_model.checkpoint import atomic
-from ds_model.checkpoint.checking import check_layout, mtp_depth_present
+from ds_model.checkpoint.checking import check_layout, present_depth
 from ds_model.checkpoint.reader import INDEX, TensorFiles, check_directory, read_json
 from ds_model.checkpoint.saving import DTypeName, cast, save
 from ds_model.checkpoint.writer import MAX_SHARD_BYTES, TensorWriter
@@ -56,9 +56,9 @@ def to_hf(
             progress(1, 1)
             return
         config = ModelConfig.from_pretrained(check_directory(source))
-        depth = mtp_depth_present(source, config)
         stage.mkdir()
         with TensorFiles(source) as files, TensorWriter(stage, max_shard_bytes) as writer:
+            depth = present_depth(files, config)
             check_layout(files, config.replace(num_nextn_predict_layers=depth))
             _check_room(files.nbytes, stage)
             for done, name in enumerate(files.names, start=1):

@@ -14,9 +14,11 @@ from math import prod
 from typing import Literal
 
 from ds_model.config import ModelConfig
+from ds_model.errors import CheckpointError
 
 Shape = tuple[int, ...]
 Part = Literal["main", "router_bias", "mtp"]
+_MOST_EXPERTS = 1_000_000  # V3 has 15,872 with its MTP module
 
 
 class Transform(Enum):
@@ -69,7 +71,19 @@ class Entry:
 
 
 def layout(config: ModelConfig) -> Iterator[Entry]:
-    """Every variable of the model that `config` describes: embedding, head, blocks, MTP modules."""
+    """Every variable of the model that `config` describes: embedding, head, blocks, MTP modules.
+
+    Raises:
+        CheckpointError: more experts in all than any model has; a broken config.json must not
+            fill memory with names.
+    """
+    layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    if layers * (config.n_routed_experts or 1) > _MOST_EXPERTS:
+        message = (
+            f"config.json describes {layers:,} layers of {config.n_routed_experts or 0:,} experts; "
+            f"at most {_MOST_EXPERTS:,} experts in all are read"
+        )
+        raise CheckpointError(message)
     yield from _embedding_and_head(config)
     for index in range(config.num_hidden_layers):
         yield from _block(config, f"blocks.{index}", index)
