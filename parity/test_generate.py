@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from reference_cases import BY_NAME, CASES, NEW_TOKENS, Case
 
 from parity import pairs, peer
@@ -35,6 +36,26 @@ def test_greedy(case: Case) -> None:
         .numpy()
     )
     assert_same_text(case, mine, pairs.peer_greedy(case), mask)
+
+
+def test_stops_where_transformers_stops() -> None:
+    """A row that ended is filled with the padding token while the others go on."""
+    case = BY_NAME["left-padded"]
+    ids, mask = case.batch()
+    width, pad = ids.shape[1], case.config["pad_token_id"]
+    # The sixth new token of the first row ends a row, wherever it comes.
+    end = int(pairs.peer_greedy(case)[0, width + 5])
+    theirs = pairs.peer_of(case).generate(
+        torch.tensor(ids).long(),
+        attention_mask=torch.tensor(mask).long(),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=end,
+        pad_token_id=pad,
+    )
+    mine = pairs.ours_of(case).generate(ids, mask, max_new_tokens=NEW_TOKENS, eos_token_id=end)
+    assert (theirs[0, width + 6 :] == pad).all()
+    np.testing.assert_array_equal(mine.numpy(), theirs.numpy())
 
 
 def test_prompt_tokens_equal_to_padding_are_tokens() -> None:

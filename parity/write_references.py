@@ -1,6 +1,6 @@
 """Write the reference files that the packages' own tests read without torch.
 
-    python -m parity.write_references
+    nox -s parity -- --write-references      (or: python -m parity.write_references)
 
 Run it when a case is added or changed. The suite runs it too, and compares: the committed
 files must be what transformers says today.
@@ -17,7 +17,7 @@ from reference_cases import COMMITTED, NEW_TOKENS, Case
 from reference_weights import trained_names, weights, write_checkpoint
 from safetensors.numpy import save_file
 
-from parity import peer
+from parity import layers, peer
 
 
 def numbers(case: Case) -> dict[str, np.ndarray]:
@@ -37,12 +37,19 @@ def numbers(case: Case) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    """Write every committed case."""
+    """Write every committed case and layer."""
     reference_file.FOLDER.mkdir(exist_ok=True)
     for case in COMMITTED:
         path = reference_file.path_of(case)
         save_file(numbers(case), path)
-        print(f"{path.name}: {path.stat().st_size / 1e3:.0f} kB")  # noqa: T201 - a command
+        _report(path)
+    for layer in layers.LAYERS:
+        layers.write(layer)
+        _report(layer.path)
+
+
+def _report(path: Path) -> None:
+    print(f"{path.name}: {path.stat().st_size / 1e3:.0f} kB")  # noqa: T201 - a command
 
 
 if __name__ == "__main__":

@@ -184,7 +184,8 @@ CASES: tuple[Case, ...] = (
         "yarn-narrow-ramp",
         16,
         qk_rope_head_dim=16,
-        rope_scaling=yarn(40.0, 32, mscale=0.5) | {"beta_fast": 8, "beta_slow": 2},
+        rope_scaling=yarn(40.0, 32, mscale=0.5)
+        | {"beta_fast": 8, "beta_slow": 2, "truncate": False},
         rope_theta=1e5,
         batch={"lengths": (48,)},
     ),

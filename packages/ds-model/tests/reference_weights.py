@@ -112,7 +112,7 @@ def trained_names(config: dict[str, Any]) -> list[str]:
     ]
 
 
-def _uniform(seed: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
+def uniform(seed: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Return float32 numbers in [-1, 1), from the seed and the tensor's name alone."""
     stream = np.random.PCG64([seed, zlib.crc32(name.encode())])
     raw = stream.random_raw(max(math.prod(shape), 1))[: math.prod(shape)]
@@ -148,8 +148,8 @@ def weights(case: Case) -> dict[str, np.ndarray]:
         elif name.startswith("model.layers") and name.endswith("embed_tokens.weight"):
             tensors[name] = tensors["model.embed_tokens.weight"].copy()
         else:
-            uniform = _uniform(case.seed, name, shape)
-            tensors[name] = _scaled(uniform, name, case).astype(np.float32)
+            numbers = uniform(case.seed, name, shape)
+            tensors[name] = _scaled(numbers, name, case).astype(np.float32)
     return tensors
 
 

@@ -1,0 +1,20 @@
+"""One option: `nox -s parity -- --write-references` renews the reference files first."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--write-references",
+        action="store_true",
+        help="write the reference files of the packages' tests before comparing with them",
+    )
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if session.config.getoption("--write-references"):
+        from parity import write_references  # noqa: PLC0415 - torch, only when asked for
+
+        write_references.main()
