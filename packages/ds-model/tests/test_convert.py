@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 
+import keras
 import ml_dtypes
 import numpy as np
 import pytest
@@ -129,3 +131,20 @@ def test_a_broken_source_is_named(source, tmp_path):
         to_hf(tmp_path / "bad.keras", tmp_path / "target")
     with pytest.raises(CheckpointError, match=r"end in \.keras"):
         to_keras(source, tmp_path / "target")
+
+
+def test_a_keras_file_of_another_model_is_named(tmp_path):
+    other = keras.Sequential([keras.layers.Input((2,)), keras.layers.Dense(1)])
+    other.save(tmp_path / "other.keras")
+    with pytest.raises(CheckpointError, match=r"other\.keras holds a Sequential, not a CausalLM"):
+        to_hf(tmp_path / "other.keras", tmp_path / "target")
+    with pytest.raises(CheckpointError, match="is a file"):
+        to_keras(tmp_path / "other.keras", tmp_path / "again.keras")
+
+
+def test_no_room_is_said_before_anything_is_written(source, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)  # noqa: ARG005
+    with pytest.raises(CheckpointError, match="no room.* 100 free"):
+        to_hf(source, tmp_path / "target")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -179,3 +179,9 @@ def test_broken_files_are_named(tmp_path, file, content):
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(TokenizerError, match=r"holds no tokenizer\.json"):
         Tokenizer.from_pretrained(tmp_path)
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(TokenizerError, match="file can't be written"):
+        TOKENIZER.save_pretrained(tmp_path / "file")

@@ -38,7 +38,7 @@ class TensorWriter:
         self._pending: dict[str, NDArray[np.generic]] = {}
         self._drafts: list[Path] = []
         self._shard_of: dict[str, int] = {}
-        self._total = 0
+        self._held = self._total = 0
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -64,10 +64,10 @@ class TensorWriter:
         Raises:
             CheckpointError: the disk is full or not writable.
         """
-        held = sum(tensor.nbytes for tensor in self._pending.values())
-        if self._pending and held + array.nbytes > self._limit:
+        if self._pending and self._held + array.nbytes > self._limit:
             self._write_shard()
         self._pending[name] = array
+        self._held += array.nbytes
         self._shard_of[name] = len(self._drafts)
         self._total += array.nbytes
 
@@ -115,4 +115,4 @@ class TensorWriter:
             draft.chmod(mode)  # safetensors makes files that only their owner can read
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{draft} can't be written: {error}") from error
-        self._pending = {}
+        self._pending, self._held = {}, 0
