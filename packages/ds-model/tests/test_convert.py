@@ -145,6 +145,6 @@ def test_a_keras_file_of_another_model_is_named(tmp_path):
 def test_no_room_is_said_before_anything_is_written(source, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)  # noqa: ARG005
-    with pytest.raises(CheckpointError, match="no room.* 100 free"):
+    with pytest.raises(CheckpointError, match=r"no room.* 100 free"):
         to_hf(source, tmp_path / "target")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
