@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
+from ds_model.byte_level_bpe import EOS_TOKEN
 from ds_model.stream_decoder import StreamDecoder, byte_alphabet
-from ds_model.tokenizer import EOS_TOKEN, Tokenizer
+from ds_model.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.train(["the cat sat on the mat, 世界 naïve 🙂"], 300)
 

@@ -1,11 +1,4 @@
-"""Text to token ids and back: byte-level BPE as DeepSeek-V3's, in the Hugging Face file format.
-
-The paper (arXiv 2412.19437, section 4.1) uses byte-level BPE with a pre-tokenizer for many
-languages; numbers are cut into at most three digits. Nothing is normalised, so every text comes
-back as it was.
-"""
-
-# ruff: noqa: RUF001, RUF002 - the released token names are spelt with U+FF5C, not with a pipe
+"""Text to token ids and back, in the Hugging Face file format."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -14,36 +7,14 @@ from pathlib import Path
 from typing import Any, Literal, Self, overload
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders
 
+from ds_model.byte_level_bpe import BOS_TOKEN, EOS_TOKEN, PAD_TOKEN, SPECIAL_TOKENS, train_bpe
 from ds_model.chat_template import DEEPSEEK_CHAT_TEMPLATE, Message, render
 from ds_model.checkpoint import atomic
 from ds_model.errors import TokenizerError
 from ds_model.stream_decoder import StreamDecoder, byte_alphabet
 
-BOS_TOKEN = "<｜begin▁of▁sentence｜>"
-EOS_TOKEN = "<｜end▁of▁sentence｜>"
-PAD_TOKEN = "<｜▁pad▁｜>"
-SPECIAL_TOKENS = (
-    BOS_TOKEN,
-    EOS_TOKEN,
-    PAD_TOKEN,
-    "<｜fim▁begin｜>",
-    "<｜fim▁hole｜>",
-    "<｜fim▁end｜>",
-    "<｜User｜>",
-    "<｜Assistant｜>",
-)
-"""DeepSeek's special tokens under their released names, ids 0 to 7 in a tokenizer of ours."""
-
-_SPLITS = (  # those of the released tokenizer.json: digits, CJK and kana, words and the rest
-    r"\p{N}{1,3}",
-    r"[一-龥\u3040-ゟ゠-ヿ]+",
-    (
-        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
-        r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    ),
-)
 _ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 _FILE, _SETTINGS, _TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 
@@ -87,25 +58,7 @@ class Tokenizer:
         Raises:
             TokenizerError: `vocab_size` has no room for the bytes and the special tokens.
         """
-        least = 256 + len(special_tokens)
-        if vocab_size < least:
-            message = (
-                f"vocab_size is {vocab_size}; it must be at least {least}: 256 bytes and "
-                f"{len(special_tokens)} special tokens"
-            )
-            raise TokenizerError(message)
-        backend = tokenizers.Tokenizer(models.BPE())
-        splits = [pre_tokenizers.Split(Regex(split), "isolated") for split in _SPLITS]
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
-        backend.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[AddedToken(token, special=True) for token in special_tokens],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=show_progress,
-        )
-        backend.train_from_iterator(texts, trainer)
+        backend = train_bpe(texts, vocab_size, special_tokens, show_progress)
         roles = dict(zip(_ROLES, (BOS_TOKEN, EOS_TOKEN, PAD_TOKEN), strict=False))
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -181,7 +134,7 @@ class Tokenizer:
         return self._role("pad_token")
 
     def token_to_id(self, token: str) -> int | None:
-        """Id of a token by its name, such as `<｜fim▁hole｜>`; `None` if there is none."""
+        """Id of a token by its name; `None` if there is none."""
         return self._backend.token_to_id(token)
 
     def encode(
