@@ -226,7 +226,9 @@ def install_wheels(
     here = ("--python", python_of(session))
     session.run(*UV, "pip", "uninstall", "-q", *here, *wheels, external=True)
     targets = [f"{target} @ {wheels[name].as_uri()}" for name, target in names.items()]
-    session.install("-q", *options, "--constraint", str(pins), *targets)
+    # uv here in every session, so that those which sit on pip share its cache of hard links too.
+    add = ("pip", "install", "-q", *here, *options, "--constraint", str(pins))
+    session.run(*UV, *add, *targets, external=True)
 
 
 def python_of(session: nox.Session) -> str:
@@ -286,11 +288,12 @@ def run_tests(
 
 
 def install_peer(session: nox.Session) -> None:
-    """Install transformers and torch, with pip: see the sessions that use it."""
+    """Install torch with pip, then transformers."""
     # uv and Poetry would fetch torch's CUDA build, three gigabytes, where pip can be given one for
     # the CPU. So torch is in no dependency group and in no lock.
-    groups = nox.project.dependency_groups(GROUPS, "parity")
-    session.install("-q", "--prefer-binary", "torch==2.13.0", *groups)
+    session.install("-q", "--prefer-binary", "torch==2.13.0")
+    here = ("--python", python_of(session), "--group", "parity")
+    session.run(*UV, "pip", "install", "-q", *here, external=True)
 
 
 def install_docs(session: nox.Session) -> None:

@@ -1,0 +1,36 @@
+"""The root lock says what the packages declare, so `poetry install` gives what nox gives."""
+
+from __future__ import annotations
+
+import tomllib
+
+import pytest
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+from workspace import ROOT, packages
+
+LOCKED = {
+    entry["name"]: entry
+    for entry in tomllib.loads((ROOT / "poetry.lock").read_text(encoding="utf-8"))["package"]
+}
+ADVICE = "poetry.lock is behind: run `poetry lock`"
+
+
+@pytest.mark.parametrize("name", packages())
+def test_the_lock_holds_what_a_package_declares(name):
+    package = packages()[name]
+    assert Version(LOCKED[name]["version"]) == package.version, ADVICE
+    declared = {requirement.name: requirement.specifier for requirement in package.requirements}
+    locked = {
+        key: SpecifierSet(value if isinstance(value, str) else value["version"])
+        for key, value in LOCKED[name]["dependencies"].items()
+    }
+    assert locked == declared, ADVICE
+    for dependency, specifier in declared.items():
+        assert specifier.contains(Version(LOCKED[dependency]["version"])), ADVICE
+
+
+def test_the_lock_names_no_host_and_no_torch():
+    assert "torch" not in LOCKED
+    sources = {entry.get("source", {}).get("url", "") for entry in LOCKED.values()}
+    assert sources == {""} | {f"packages/{name}" for name in packages()}
