@@ -40,7 +40,9 @@ def within(ours, reference) -> float:
     return np.abs(ours - reference).max() / np.abs(reference).max()
 
 
-def by_the_equations(layer: MultiHeadLatentAttention, x: np.ndarray) -> np.ndarray:
+def by_the_equations(  # noqa: C901 - one page, to be read beside the paper
+    layer: MultiHeadLatentAttention, x: np.ndarray
+) -> np.ndarray:
     """Equations 1-11 of arXiv 2412.19437, token by token, head by head, in float64."""
     c = layer.config
     w = {v.path.split("/")[-2] + "/" + v.name: v.numpy().astype(np.float64) for v in layer.weights}

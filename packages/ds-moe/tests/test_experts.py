@@ -85,7 +85,7 @@ def test_what_is_traced_for_xla_compiles_and_agrees_with_the_graph():
         for a in problem(33, 8, 3, 7)
     ]
     compiled = tf.function(run_experts, jit_compile=True)
-    nested = tf.function(lambda *a: tf.function(run_experts)(*a), jit_compile=True)
+    nested = tf.function(tf.function(run_experts), jit_compile=True)
 
     expected = tf.function(run_experts)(*args)
     np.testing.assert_allclose(compiled(*args), expected, atol=1e-5)

@@ -79,12 +79,11 @@ def test_bfloat16_routes_as_float32_does():
     assert np.abs(tf.cast(y, tf.float32) - y32).max() < 0.03 * np.abs(y32).max()
 
 
-def test_xla_gives_the_same_and_keras_is_told_not_to_choose_it():
+def test_xla_gives_the_same():
     layer = made()
     x = tf.random.stateless_normal([3, 6, 10], seed=[6, 7])
 
     np.testing.assert_allclose(tf.function(layer, jit_compile=True)(x)[0], layer(x)[0], atol=1e-5)
-    assert not layer.supports_jit
 
 
 def test_comes_back_from_its_config():

@@ -39,12 +39,12 @@ def probabilities(logits: tf.Tensor, sampling: Sampling) -> tf.Tensor:
 
 def _nucleus(p: tf.Tensor, top_p: tf.Tensor) -> tf.Tensor:
     """Keep the most probable tokens that together reach `top_p`, and renormalise."""
-    ordered = tf.sort(p, axis=-1, direction="DESCENDING")
-    before = tf.cumsum(ordered, axis=-1, exclusive=True)
-    kept = tf.reduce_sum(tf.cast(before < top_p, tf.int32), axis=-1, keepdims=True)
-    # The best token always stays, whatever top_p is.
-    least = tf.gather(ordered, tf.maximum(kept - 1, 0), batch_dims=ordered.shape.rank - 1)
-    p = tf.where(p >= least, p, 0.0)
+    order = tf.argsort(p, axis=-1, direction="DESCENDING", stable=True)
+    ordered = tf.gather(p, order, batch_dims=p.shape.rank - 1)
+    # A token stays while those before it fall short; so the best one always does.
+    needed = tf.cumsum(ordered, axis=-1, exclusive=True) < top_p
+    kept = tf.gather(needed, tf.argsort(order, axis=-1), batch_dims=p.shape.rank - 1)
+    p = tf.where(kept, p, 0.0)
     return p / tf.reduce_sum(p, axis=-1, keepdims=True)
 
 

@@ -23,9 +23,6 @@ class MixtureOfExperts(keras.layers.Layer):
     The forward pass changes no variable: the routing comes back beside the output, and
     `update_biases` is called once an optimizer step with the loads summed.
 
-    Keras' `fit` compiles with XLA by itself where every layer allows it. On CPU the graph-mode
-    program is faster, so this layer declines (`supports_jit`); `jit_compile=True` still works.
-
     Args:
         config: sizes and rules; a mapping of `MoEConfig`'s fields is accepted too.
         **kwargs: of `keras.layers.Layer`.
@@ -33,7 +30,6 @@ class MixtureOfExperts(keras.layers.Layer):
 
     def __init__(self, config: MoEConfig | dict[str, Any], **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.supports_jit = False
         self.config = config if isinstance(config, MoEConfig) else MoEConfig(**config)
         c = self.config
         self.gate = Router(c, name="gate")
