@@ -52,6 +52,9 @@ def render(module: str, source: Path) -> str:
             found = _resolved(member)
         except griffe.AliasResolutionError as error:
             raise InterfaceError(f"{module}.{name} is imported from nowhere: {error}") from error
+        if isinstance(found, griffe.Module) and name in found.members:
+            # `from ds_train.pretrain import pretrain`: griffe sees the file before the function.
+            found = _resolved(found.members[name])
         blocks.append("\n".join(_lines(name, found)) + "\n")
     return HEADER.format(name=module.replace("_", "-")) + "\n".join(blocks)
 

@@ -7,6 +7,7 @@ import tomllib
 import pytest
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
+
 from workspace import ROOT, packages
 
 LOCKED = {
