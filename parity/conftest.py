@@ -13,6 +13,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # A layer without shared experts has weights of size zero, on purpose.
+    config.addinivalue_line("filterwarnings", "ignore:Initializing zero-element tensors")
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
     if session.config.getoption("--write-references"):
         from parity import write_references  # noqa: PLC0415 - torch, only when asked for

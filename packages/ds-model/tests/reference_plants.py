@@ -15,6 +15,7 @@ import tensorflow as tf
 
 import ds_attention.mla
 from ds_attention.rope import YarnConfig
+from ds_model.block import MTPModule
 from ds_moe.router import Router
 
 Patch = Callable[[pytest.MonkeyPatch], None]
@@ -121,6 +122,30 @@ def _bias_in_gates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Router, "_gates", planted)
 
 
+def _gates_without_slope(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = Router._gates
+    monkeypatch.setattr(Router, "_gates", lambda *args: tf.stop_gradient(honest(*args)))
+
+
+def _shared_key_without_slope(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = ds_attention.mla.apply_rope
+
+    def planted(x: tf.Tensor, *rest: Any) -> tf.Tensor:
+        rotated = honest(x, *rest)
+        return tf.stop_gradient(rotated) if x.shape.rank == 3 else rotated
+
+    monkeypatch.setattr(ds_attention.mla, "apply_rope", planted)
+
+
+def _hidden_state_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Join as the paper's formula has it, and not as the released weights do."""
+
+    def planted(self: MTPModule, h: tf.Tensor, embedded: tf.Tensor) -> tf.Tensor:
+        return self.eh_proj(tf.concat([self.hnorm(h), self.enorm(embedded)], axis=-1))
+
+    monkeypatch.setattr(MTPModule, "_join", planted)
+
+
 PLANTS: tuple[Plant, ...] = (
     Plant("mask-one-ahead", ("plain", "left-padded"), _mask(_one_ahead)),
     Plant("mask-padding-visible", ("left-padded", "v2-lite"), _mask(_padding_visible)),
@@ -134,3 +159,14 @@ PLANTS: tuple[Plant, ...] = (
     Plant("bias-in-gates", ("released", "left-padded", "coarse-epsilon"), _bias_in_gates),
 )
 """Faults in mask, RoPE order, mscale, group rule, gate normalisation and gates' bias."""
+
+GRADIENT_PLANTS: tuple[Plant, ...] = (
+    Plant("gates-without-slope", ("released",), _gates_without_slope),
+    Plant("shared-key-without-slope", ("released",), _shared_key_without_slope),
+)
+"""Faults that leave the logits as they are, and must show in a gradient."""
+
+MTP_PLANTS: tuple[Plant, ...] = (
+    Plant("mtp-hidden-state-first", ("released", "two-mtp-modules"), _hidden_state_first),
+)
+"""Faults that must show in the MTP modules' logits."""
