@@ -33,6 +33,9 @@ def model_of(case: Case) -> CausalLM:
         return CausalLM.from_pretrained(write_checkpoint(case, Path(folder)))
 
 
+reference_of = functools.cache(reference_file.read)
+
+
 def distance(mine: np.ndarray, reference: np.ndarray, mask: np.ndarray) -> float:
     """Return the relative difference at real tokens."""
     real = mask.astype(bool)
