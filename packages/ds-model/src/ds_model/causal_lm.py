@@ -211,6 +211,11 @@ class CausalLM(keras.Model):
         """
         super().compile(*args, jit_compile=jit_compile is True, **kwargs)
 
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compile as a `.keras` file says; Keras leaves this to models with their own `compile`."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        self.optimizer.build(self.trainable_variables)
+
     def train_step(self, data: Any) -> dict[str, Any]:
         """Do one step of Keras' `fit`, expert balancing included."""
         return training_step(self, data)
