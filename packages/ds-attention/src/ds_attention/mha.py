@@ -60,6 +60,8 @@ class MultiHeadAttention(keras.layers.Layer):
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         """Create the four projections."""
         hidden = input_shape[-1]
+        if hidden is None:
+            raise ValueError(f"input_shape is {input_shape}; its last axis must be known")
         query, key = self.num_attention_heads, self.num_key_value_heads
 
         def linear(name: str, inner: int, outer: int) -> Linear:

@@ -54,8 +54,9 @@ class DecoderBlock(keras.layers.Layer):
         self.post_attention_layernorm = RMSNorm(
             c.rms_norm_eps, dtype=policy, name="post_attention_layernorm"
         )
-        if moe:
-            self.mlp = MixtureOfExperts(c.moe, dtype=policy, name="mlp")
+        experts = c.moe if moe else None
+        if experts:
+            self.mlp = MixtureOfExperts(experts, dtype=policy, name="mlp")
         else:
             self.mlp = SwiGLU(
                 c.hidden_size, c.intermediate_size, c.initializer_range, dtype=policy, name="mlp"
@@ -130,9 +131,9 @@ class MTPModule(keras.layers.Layer):
         self.block = DecoderBlock(c, moe, dtype=policy, name="block")
         self.norm = RMSNorm(c.rms_norm_eps, dtype=policy, name="norm")
 
-    def build(self, input_shape: tuple[int | None, ...]) -> None:
+    def build(self, input_shape: tuple[int | None, ...]) -> None:  # noqa: ARG002 - the config's
         """Create the weights of all parts."""
-        width = input_shape[-1]
+        width = self.config.hidden_size
         for part in (self.enorm, self.hnorm, self.block, self.norm):
             part.build((None, None, width))
         self.eh_proj.build((None, None, 2 * width))

@@ -115,9 +115,10 @@ class ModelConfig:
             return None
         return MoEConfig(
             hidden_size=self.hidden_size,
-            moe_intermediate_size=self.moe_intermediate_size,
+            # None is possible in these two; MoEConfig refuses it with a message that names it.
+            moe_intermediate_size=self.moe_intermediate_size,  # type: ignore[arg-type]
             n_routed_experts=self.n_routed_experts,
-            num_experts_per_tok=self.num_experts_per_tok,
+            num_experts_per_tok=self.num_experts_per_tok,  # type: ignore[arg-type]
             n_shared_experts=self.n_shared_experts or 0,
             n_group=self.n_group or 1,
             topk_group=self.topk_group or 1,

@@ -64,15 +64,16 @@ def _balance(model: CausalLM, loads: list[tf.Tensor]) -> None:
     for total, load in zip(summed, loads, strict=True):
         total.assign_add(load)
 
-    def move() -> None:
+    def move() -> tf.Tensor:
         update_biases(
             routers, [tf.convert_to_tensor(total) for total in summed], model.bias_update_speed
         )
         for total in summed:
             total.assign(tf.zeros_like(total))
+        return tf.constant(0)
 
     done = tf.equal(tf.cast(model.optimizer._iterations, tf.int32) % steps, 0)  # noqa: SLF001
-    tf.cond(done, lambda: (move(), tf.constant(0))[1], lambda: tf.constant(0))
+    tf.cond(done, move, lambda: tf.constant(0))
 
 
 def _load_sums(model: CausalLM, routers: list[Router]) -> tuple[tf.Variable, ...]:

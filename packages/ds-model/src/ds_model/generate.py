@@ -126,9 +126,8 @@ class Generator:
         self._check(ids, attention_mask, max_new_tokens, temperature, top_p, draft)
         config = self.model.config
         eos = config.eos_token_ids if eos_token_id is None else tuple(np.ravel(eos_token_id))
-        filler = config.pad_token_id
-        if filler is None:
-            filler = eos[0] if eos else 0
+        first_end = int(eos[0]) if eos else 0
+        filler = first_end if config.pad_token_id is None else config.pad_token_id
         seed = secrets.randbelow(2**31) if seed is None else seed
         sampling = Sampling(
             tf.constant(temperature, tf.float32),
