@@ -92,10 +92,10 @@ class CausalLM(keras.Model):
             return
         shape = (None, None, self.config.hidden_size)
         self.embed_tokens.build((None, None))
-        parts = [*self.blocks, self.norm, *self.mtp]
+        parts: list[keras.layers.Layer] = [*self.blocks, self.norm, *self.mtp]
         for part in parts if self.lm_head is None else [*parts, self.lm_head]:
             part.build(shape)
-        self.built = True
+        self.built: bool = True
 
     @property
     def moe_layers(self) -> list[MixtureOfExperts]:
