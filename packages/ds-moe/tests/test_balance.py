@@ -4,7 +4,14 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_moe import MoEConfig, Router, max_violation, sequence_balance_loss, update_biases
+from ds_moe import (
+    MixtureOfExperts,
+    MoEConfig,
+    Router,
+    max_violation,
+    sequence_balance_loss,
+    update_biases,
+)
 
 BASE = MoEConfig(
     hidden_size=8,
@@ -69,6 +76,36 @@ def test_replicas_sum_their_loads_and_stay_equal():
     assert len(copies) == 2
     for copy in copies:
         np.testing.assert_array_equal(copy, [0, 0.5, 0, 0, 0, 0, 0, -0.5])
+
+
+def test_recomputing_the_forward_pass_counts_no_token_twice():
+    # Recompute runs the layer again in the backward pass; the load is a value, not a counter.
+    layer = MixtureOfExperts(BASE)
+    x = tf.random.stateless_normal([2, 8, 8], seed=[1, 2])
+    layer(x)  # creates the weights, which a recomputed function may not
+    runs, loads = [], []
+
+    @tf.recompute_grad
+    def recomputed(x):
+        runs.append(1)
+        y, routing = layer(x)
+        return y, routing.load
+
+    for run in (lambda x: (layer(x)[0], layer(x)[1].load), recomputed):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y, load = run(x)
+            loss = tf.reduce_sum(y**2)
+        gradient = tape.gradient(loss, x)
+        update_biases([layer.gate], [load], 0.25)
+        loads.append((load.numpy(), gradient.numpy(), layer.gate.e_score_correction_bias.numpy()))
+        layer.gate.e_score_correction_bias.assign(tf.zeros([8]))
+
+    assert len(runs) == 2
+    np.testing.assert_array_equal(loads[0][0], loads[1][0])
+    np.testing.assert_allclose(loads[0][1], loads[1][1], rtol=1e-5)
+    np.testing.assert_array_equal(loads[0][2], loads[1][2])
+    assert float(tf.reduce_sum(loads[0][0])) == 2 * 8 * 2
 
 
 def test_a_skewed_router_is_balanced_by_the_bias_alone():
