@@ -28,6 +28,11 @@ def base_tokenizer():
     return Tokenizer.train(TEXTS, vocab_size=330, chat_template=None)
 
 
+def as_document(tokenizer, text):
+    """Ids of a text as the model was trained to meet it: with the first token in front."""
+    return [tokenizer.bos_token_id, *tokenizer.encode(text)]
+
+
 @pytest.fixture(scope="session")
 def model(tokenizer):
     keras.utils.set_random_seed(7)

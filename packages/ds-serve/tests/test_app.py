@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from fastapi.testclient import TestClient
 
-from conftest import PROMPT, wait_for
+from conftest import PROMPT, as_document, wait_for
 from ds_serve import Limits, create_app
 
 GREEDY = {"model": "tiny", "prompt": PROMPT, "temperature": 0}
@@ -33,7 +33,7 @@ def refusal(response, status):
 
 
 def test_completion_is_what_generate_writes(client, tokenizer, greedy):
-    prompt = tokenizer.encode(PROMPT)
+    prompt = as_document(tokenizer, PROMPT)
     answer = client.post("/v1/completions", json=GREEDY | {"max_tokens": 20}).json()
     (choice,) = answer["choices"]
     assert choice["text"] == tokenizer.decode(greedy(prompt, 20))
@@ -44,7 +44,7 @@ def test_completion_is_what_generate_writes(client, tokenizer, greedy):
 
 
 def test_token_ids_are_a_prompt_too(client, tokenizer):
-    as_ids = GREEDY | {"prompt": tokenizer.encode(PROMPT)}
+    as_ids = GREEDY | {"prompt": as_document(tokenizer, PROMPT)}
     first, second = (client.post("/v1/completions", json=body).json() for body in (GREEDY, as_ids))
     assert first["choices"] == second["choices"]
 
@@ -92,7 +92,7 @@ def test_usage_comes_only_when_asked_for(client):
 
 
 def test_stop_strings_end_streamed_and_whole_answers(client, tokenizer, greedy):
-    full = tokenizer.decode(greedy(tokenizer.encode(PROMPT), 30))
+    full = tokenizer.decode(greedy(as_document(tokenizer, PROMPT), 30))
     stop = full[9:14]
     body = GREEDY | {"max_tokens": 30, "stop": ["never said", stop]}
     choice = client.post("/v1/completions", json=body).json()["choices"][0]

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from conftest import PROMPT
+from conftest import PROMPT, as_document
 from ds_serve.chat import Chat, talk
 from ds_serve.writing import Options
 
@@ -57,7 +57,7 @@ def test_json_is_one_object_a_reply(model, tokenizer, greedy, say):
 
 
 def test_raw_continues_each_line_by_itself(model, base_tokenizer, greedy, say):
-    expected = base_tokenizer.decode(greedy(base_tokenizer.encode(PROMPT), 8))
+    expected = base_tokenizer.decode(greedy(as_document(base_tokenizer, PROMPT), 8))
     chat = Chat(model, base_tokenizer, Options(8), raw=True)
     assert say(chat, PROMPT, PROMPT)[1] == f"{expected}\n{expected}\n"
     assert chat.messages == []

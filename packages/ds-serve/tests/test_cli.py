@@ -9,7 +9,7 @@ import openai
 import pytest
 from typer.testing import CliRunner
 
-from conftest import PROMPT, LiveServer
+from conftest import PROMPT, LiveServer, as_document
 from ds_serve.cli import app
 
 
@@ -46,7 +46,7 @@ def test_chat_with_a_base_model_points_to_raw(base, base_tokenizer, greedy):
     assert "it is a base model, which continues text. Use --raw" in result.stderr
     options = ("--raw", "--json", "--temperature", 0, "--max-tokens", 5)
     answer = json.loads(run("chat", base, *options, stdin=f"{PROMPT}\n").stdout)
-    assert answer["text"] == base_tokenizer.decode(greedy(base_tokenizer.encode(PROMPT), 5))
+    assert answer["text"] == base_tokenizer.decode(greedy(as_document(base_tokenizer, PROMPT), 5))
 
 
 def test_serve_tells_its_url_and_answers(saved, monkeypatch):

@@ -7,7 +7,7 @@ from itertools import islice
 import openai
 import pytest
 
-from conftest import PROMPT, wait_for
+from conftest import PROMPT, as_document, wait_for
 from ds_serve import create_app
 
 
@@ -26,7 +26,7 @@ MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "conten
 
 
 def test_completions(api, tokenizer, greedy):
-    expected = tokenizer.decode(greedy(tokenizer.encode(PROMPT), 20))
+    expected = tokenizer.decode(greedy(as_document(tokenizer, PROMPT), 20))
     asked = {"model": "tiny", "prompt": PROMPT, "max_tokens": 20, "temperature": 0}
     whole = api.completions.create(**asked)
     assert (whole.choices[0].text, whole.usage.completion_tokens) == (expected, 20)

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from conftest import PROMPT
-from ds_serve.writing import Options, end_tokens, warm_up, write
+from ds_model import Tokenizer
+from ds_model.tokenizer import BOS_TOKEN
+from ds_serve.writing import Options, encode_text, end_tokens, warm_up, write
 
 
 @pytest.fixture
@@ -87,6 +89,15 @@ def test_an_end_token_shows_what_was_held_back(model, tokenizer):
     pieces = list(write(Reciting(ids, 3, model.config), tokenizer, [0], Options(99, stop=("END",))))
     assert "".join(piece.text for piece in pieces) == "citizens E"
     assert pieces[-1].finish_reason == "stop"
+
+
+def test_a_document_begins_with_the_first_token_once(tokenizer):
+    first, ids = tokenizer.bos_token_id, tokenizer.encode(PROMPT)
+    assert encode_text(tokenizer, PROMPT) == [first, *ids]
+    assert encode_text(tokenizer, BOS_TOKEN + PROMPT) == [first, *ids]
+    assert encode_text(tokenizer, "") == []
+    nameless = Tokenizer.train([PROMPT], 300, special_tokens=())
+    assert encode_text(nameless, PROMPT) == nameless.encode(PROMPT)
 
 
 def test_warming_up_leaves_nothing_to_trace(model, tokenizer, prompt):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from ds_serve.writing import Options, Pieces, write
+from ds_serve.writing import Options, Pieces, encode_text, write
 
 if TYPE_CHECKING:
     from ds_model import CausalLM, Tokenizer
@@ -85,7 +85,7 @@ class Chat:
 
     def _encode(self, text: str, messages: list[dict[str, str]]) -> list[int]:
         if self._raw:
-            return self._tokenizer.encode(text, add_special_tokens=True)
+            return encode_text(self._tokenizer, text)
         return self._tokenizer.apply_chat_template(messages)
 
 

@@ -57,7 +57,8 @@ def serve(
     Without a chat template in DIR (a base model) only /v1/completions answers.
     """
     try:
-        listener = socket.create_server((host, port))
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, port), family=family)
     except OSError as error:
         _fail(f"can't listen at {host} port {port}: {error.strerror or error}")
     with listener:

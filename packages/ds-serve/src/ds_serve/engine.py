@@ -12,7 +12,7 @@ from fastapi.concurrency import run_in_threadpool
 
 from ds_serve.errors import ApiError
 from ds_serve.line import Job, Line
-from ds_serve.writing import Options, Piece, write
+from ds_serve.writing import Options, Piece, encode_text, write
 
 if TYPE_CHECKING:
     from ds_model import CausalLM, Tokenizer
@@ -66,16 +66,16 @@ class Engine:
         self._line.close()
 
     async def encode_prompt(self, prompt: str | list[int]) -> list[int]:
-        """Return the ids of a prompt, with the first token that the tokenizer's file adds.
+        """Return the ids of a prompt, with the token that begins a document.
+
+        Ids are taken as they are.
 
         Raises:
             ApiError: the text can't be encoded, or an id is not in the vocabulary.
         """
         if isinstance(prompt, str):
             try:
-                return await run_in_threadpool(
-                    self._tokenizer.encode, prompt, add_special_tokens=True
-                )
+                return await run_in_threadpool(encode_text, self._tokenizer, prompt)
             except ValueError as error:  # of which ds_model's errors are kinds
                 raise ApiError(f"prompt: {error}.", param="prompt", code="invalid_value") from error
         size = self._model.config.vocab_size

@@ -97,6 +97,20 @@ def write(model: CausalLM, tokenizer: Tokenizer, prompt: list[int], options: Opt
     yield Piece(rest + stops.flush(), tokens, "stop" if stops.hit else "length")
 
 
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the ids of a text that begins a document.
+
+    It starts with the tokenizer's first token, if it has one: DeepSeek's models never saw a
+    document without it, and `ds-train` puts it there too.
+
+    Raises:
+        ValueError: the text can't be encoded.
+    """
+    ids = tokenizer.encode(text, add_special_tokens=True)
+    first = tokenizer.bos_token_id
+    return ids if first is None or not ids or ids[0] == first else [first, *ids]
+
+
 def warm_up(model: CausalLM, tokenizer: Tokenizer) -> None:
     """Compile what generation needs, so that no request waits for it.
 
