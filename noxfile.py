@@ -59,7 +59,7 @@ per_package = nox.parametrize(
 def quickstart(session: nox.Session) -> None:
     """Train a small DeepSeek-V3 on two centuries of speeches, and let it write (6 minutes)."""
     install_wheels(session, "ds-train[plot]")
-    session.run("ds-train", "quickstart", *session.posargs, env=QUIET)
+    session.run("ds-train", "quickstart", "--out", "build/quickstart", *session.posargs, env=QUIET)
 
 
 @nox.session(venv_backend="none")
