@@ -75,7 +75,7 @@ def test_files_are_read_in_order_and_binaries_counted(tmp_path):
 
 def test_no_text_is_one_line(tmp_path):
     (tmp_path / "x.bin").write_bytes(b"\0")
-    with pytest.raises(DataError, match="no text to train on .* 1 binary") as caught:
+    with pytest.raises(DataError, match=r"no text to train on .* 1 binary") as caught:
         read_files([tmp_path])
     assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match="no such file"):

@@ -60,7 +60,5 @@ def test_phases_out_of_order_are_refused():
 
 def test_serialises():
     schedule = WarmupConstantCosine(**PAPER)
-    again = keras.optimizers.schedules.deserialize(
-        keras.optimizers.schedules.serialize(schedule)
-    )
+    again = keras.optimizers.schedules.deserialize(keras.optimizers.schedules.serialize(schedule))
     assert again.get_config() == PAPER

@@ -4,6 +4,8 @@ from ds_train.callbacks import Callback, StepMetrics
 from ds_train.config import TrainConfig
 from ds_train.errors import CheckpointError, DataError, TrainConfigError, TrainError
 from ds_train.optimizer import AdamW
+from ds_train.pretrain import RunResult, pretrain
+from ds_train.quickstart import quickstart, quickstart_config
 from ds_train.schedule import WarmupConstantCosine
 from ds_train.trainer import Trainer
 
@@ -12,10 +14,14 @@ __all__ = [
     "Callback",
     "CheckpointError",
     "DataError",
+    "RunResult",
     "StepMetrics",
     "TrainConfig",
     "TrainConfigError",
     "TrainError",
     "Trainer",
     "WarmupConstantCosine",
+    "pretrain",
+    "quickstart",
+    "quickstart_config",
 ]

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ class CheckpointStore:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
             described = json.dumps({"step": step, **state}, indent=2).encode()
-            contents = {
+            contents: dict[str, Callable[[], bytes]] = {
                 "model.safetensors": lambda: safetensors.numpy.save(_tensors(_model(model))),
                 "optimizer.safetensors": lambda: safetensors.numpy.save(
                     _tensors(_moments(model, optimizer))
@@ -161,9 +161,7 @@ def _model(model: keras.Model) -> dict[str, keras.Variable]:
 
 def _moments(model: keras.Model, optimizer: AdamW) -> dict[str, keras.Variable]:
     pairs = [("iterations", optimizer.iterations)]
-    moments = zip(
-        model.trainable_variables, optimizer.momentums, optimizer.velocities, strict=True
-    )
+    moments = zip(model.trainable_variables, optimizer.momentums, optimizer.velocities, strict=True)
     for variable, momentum, velocity in moments:
         pairs.append((f"momentum/{_name(variable)}", momentum))
         pairs.append((f"velocity/{_name(variable)}", velocity))

@@ -10,9 +10,9 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from ds_model import ConfigError, ModelConfig
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ds_model import ConfigError, ModelConfig
 from ds_train.errors import TrainConfigError
 from ds_train.schedule import WarmupConstantCosine
 
@@ -165,7 +165,9 @@ class TrainConfig(_Table):
         known = [field.name for field in dataclasses.fields(ModelConfig)]
         for key in config.model.model_extra or {}:
             if key not in known:
-                msg = f"{source}: [model] {key}: unknown key; known here: preset, {', '.join(known)}"
+                msg = (
+                    f"{source}: [model] {key}: unknown key; known here: preset, {', '.join(known)}"
+                )
                 raise TrainConfigError(msg)
         try:
             config.model.build()

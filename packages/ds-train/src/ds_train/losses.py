@@ -8,6 +8,7 @@ Shape letters: B batch, S sequence (tokens of input), V vocabulary, k MTP depth.
 from collections.abc import Sequence
 
 import tensorflow as tf
+
 from ds_model import ModelOutput
 from ds_moe import Routing, sequence_balance_loss
 

@@ -10,10 +10,19 @@ correction, which is what the published runs used. Multiplying the last fraction
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
+
+
+class _Scalars(NamedTuple):
+    rate: tf.Tensor
+    epsilon: tf.Tensor
+    decay: tf.Tensor
+    beta_1: tf.Tensor
+    beta_2: tf.Tensor
+    zero: tf.Tensor
 
 
 @keras.saving.register_keras_serializable(package="ds_train")
@@ -72,31 +81,56 @@ class AdamW(keras.optimizers.Optimizer):
         dense = [None if g is None else tf.convert_to_tensor(g) for g in grads]
         super().apply(dense, trainable_variables)
 
-    def update_step(
-        self, gradient: tf.Tensor, variable: tf.Variable, learning_rate: tf.Tensor
+    def _backend_update_step(
+        self,
+        grads: Sequence[tf.Tensor],
+        trainable_variables: Sequence[keras.Variable],
+        learning_rate: tf.Tensor,
     ) -> None:
-        """Updates one variable in place with TensorFlow's fused Adam kernel."""
-        index = self._get_variable_index(variable)
-        momentum, velocity = self.momentums[index].value, self.velocities[index].value
-        dtype = variable.dtype
+        # The scalars are the same for all variables: computed once, they keep the graph small.
+        scalars = self._scalars(learning_rate, trainable_variables[0].dtype)
+        super()._backend_update_step(grads, trainable_variables, scalars)
+
+    def _scalars(self, learning_rate: tf.Tensor, dtype: str) -> _Scalars:
         # In float64: 1 - b2^t loses half of float32's digits while t is small.
         step = tf.cast(self.iterations + 1, tf.float64)
+        rate = tf.cast(learning_rate, tf.float64)
         correction_1 = 1.0 - tf.pow(tf.constant(self.beta_1, tf.float64), step)
         root_2 = tf.sqrt(1.0 - tf.pow(tf.constant(self.beta_2, tf.float64), step))
-        rate = tf.cast(learning_rate, tf.float64) * root_2 / correction_1
+        found = _Scalars(
+            rate=rate * root_2 / correction_1,
+            epsilon=self.epsilon * root_2,
+            decay=rate * (self.weight_decay or 0.0),
+            beta_1=tf.constant(self.beta_1, tf.float64),
+            beta_2=tf.constant(self.beta_2, tf.float64),
+            zero=tf.zeros([], tf.float64),
+        )
+        return _Scalars(*(tf.cast(value, dtype) for value in found))
+
+    def update_step(
+        self, gradient: tf.Tensor, variable: tf.Variable, learning_rate: _Scalars
+    ) -> None:
+        """Update one variable in place with TensorFlow's fused Adam kernel."""
+        index = self._get_variable_index(variable)
+        scalars = _Scalars(*(tf.cast(value, variable.dtype) for value in learning_rate))
+        if self.weight_decay and self._use_weight_decay(variable):
+            variable.assign_sub(variable * scalars.decay)
         tf.raw_ops.ResourceApplyAdam(
             var=variable.handle,
-            m=momentum.handle,
-            v=velocity.handle,
-            # Zero powers: the bias correction is already inside `rate`.
-            beta1_power=tf.zeros([], dtype),
-            beta2_power=tf.zeros([], dtype),
-            lr=tf.cast(rate, dtype),
-            beta1=tf.constant(self.beta_1, dtype),
-            beta2=tf.constant(self.beta_2, dtype),
-            epsilon=tf.cast(self.epsilon * root_2, dtype),
-            grad=tf.cast(gradient, dtype),
+            m=self.momentums[index].value.handle,
+            v=self.velocities[index].value.handle,
+            # Zero powers: the bias correction is already inside the rate.
+            beta1_power=scalars.zero,
+            beta2_power=scalars.zero,
+            lr=scalars.rate,
+            beta1=scalars.beta_1,
+            beta2=scalars.beta_2,
+            epsilon=scalars.epsilon,
+            grad=tf.cast(gradient, variable.dtype),
         )
+
+    def _apply_weight_decay(self, variables: Sequence[keras.Variable]) -> None:
+        """Do nothing: `update_step` decays, where the scalars are."""
 
     def _use_weight_decay(self, variable: tf.Variable) -> bool:
         return len(variable.shape) >= 2 and super()._use_weight_decay(variable)

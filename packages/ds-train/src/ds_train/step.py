@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import tensorflow as tf
+
 from ds_model import CausalLM
 from ds_moe import update_biases
-
 from ds_train.config import TrainConfig
 from ds_train.losses import pretraining_loss
 from ds_train.optimizer import AdamW

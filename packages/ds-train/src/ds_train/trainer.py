@@ -11,9 +11,9 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+
 from ds_model import CausalLM, ModelConfig
 from ds_moe import max_violation
-
 from ds_train.callbacks import Callback, StepMetrics
 from ds_train.checkpoint import CheckpointStore
 from ds_train.config import TrainConfig
@@ -120,7 +120,6 @@ class Trainer:
         table = self.config.train
         batch = self._data.batch(step, table.batch_size)
         start = time.perf_counter()
-        # [accumulation, micro-batch, S + 1]
         shaped = batch.reshape(table.accumulation, -1, batch.shape[-1])
         output: StepOutput = self._step.compiled(tf.constant(shaped))
         scalars = {name: float(value) for name, value in output.scalars.items()}

@@ -39,16 +39,16 @@ def read_files(paths: Iterable[str | Path], suffixes: Sequence[str] = ()) -> Fil
     Raises:
         DataError: If a path does not exist or no document is left.
     """
-    paths = [Path(path) for path in paths]
+    places = [Path(path) for path in paths]
     report = FileReport()
-    for path in paths:
+    for path in places:
         if not path.exists():
             msg = f"{path}: no such file or directory"
             raise DataError(msg)
         for file in _files_of(path, suffixes):
             _read_one(file, report)
     if not report.documents:
-        names = ", ".join(map(str, paths)) or "no paths given"
+        names = ", ".join(map(str, places)) or "no paths given"
         only = f" with suffix {' or '.join(suffixes)}" if suffixes else ""
         msg = (
             f"no text to train on in {names}{only}: {len(report.skipped)} binary or non-UTF-8 "

@@ -10,13 +10,13 @@ tokens before it where the document has them.
 Shape letters: B windows of a batch, S context.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import tensorflow as tf
-from ds_model import CausalLM, Tokenizer
 
+from ds_model import CausalLM, Tokenizer
 from ds_train.data import Document
 from ds_train.errors import DataError
 
@@ -51,6 +51,7 @@ def bits_per_byte(
     context: int,
     stride: int | None = None,
     batch_size: int = 16,
+    progress: Callable[[int, int], None] | None = None,
 ) -> BitsPerByte:
     """Measures a model on documents.
 
@@ -61,6 +62,7 @@ def bits_per_byte(
         context: Tokens of a window.
         stride: Tokens that each further window scores; half the context unless given.
         batch_size: Windows at a time.
+        progress: Called with windows done and in all.
 
     Raises:
         DataError: If there is no text, or the tokenizer has no token to start from.
@@ -86,9 +88,11 @@ def bits_per_byte(
         return tf.reduce_sum(tf.cast(losses_BS, tf.float64) * weights_BS)
 
     total, tokens = 0.0, 0
-    for arrays in _arrays(windows, context, batch_size):
+    for index, arrays in enumerate(_arrays(windows, context, batch_size), start=1):
         total += float(nats(*map(tf.constant, arrays)))
         tokens += int(arrays[-1].sum())
+        if progress is not None:
+            progress(min(index * batch_size, len(windows)), len(windows))
     bits = total / np.log(2)
     return BitsPerByte(bits / size, bits, size, tokens)
 

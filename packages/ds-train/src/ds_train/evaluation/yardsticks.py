@@ -23,7 +23,7 @@ def unigram_bits_per_byte(training: Sequence[bytes], held_out: Sequence[bytes]) 
     for text in training:
         counts += np.bincount(np.frombuffer(text, np.uint8), minlength=256)
     bits = -np.log2(counts / counts.sum())
-    seen = sum(np.bincount(np.frombuffer(text, np.uint8), minlength=256) for text in held_out)
+    seen = np.bincount(np.frombuffer(b"".join(held_out), np.uint8), minlength=256)
     return float((bits * seen).sum() / seen.sum())
 
 

@@ -1,0 +1,143 @@
+"""`ds-train`: pre-training from the command line.
+
+Exit code 0 on success, 2 on bad input or a full disk, with one line on stderr that says what
+to do; 130 when interrupted.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from ds_model import CheckpointError as ModelCheckpointError
+from ds_model import ConfigError
+from ds_train.config import TrainConfig
+from ds_train.data import read_files
+from ds_train.errors import TrainError
+from ds_train.pretrain import RunResult, pretrain
+from ds_train.quickstart import STEPS, quickstart
+
+app = typer.Typer(
+    name="ds-train",
+    help="Train a DeepSeek-V3 on text.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+)
+Out = Annotated[
+    Path, typer.Option(help="Folder of the run; the same folder again goes on where it stopped.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result for programs.")]
+
+
+@app.command("quickstart")
+def quickstart_command(
+    out: Out = Path("quickstart"),
+    steps: Annotated[int, typer.Option(help="Optimizer steps of 2,048 tokens.")] = STEPS,
+    seed: Annotated[int, typer.Option(help="Of weights and data order.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Train a small DeepSeek-V3 on the State of the Union addresses, measure it, let it write."""
+    with _one_line_errors():
+        result = quickstart(out, steps, seed, Console(stderr=True))
+        _show(result, as_json)
+
+
+@app.command("pretrain")
+def pretrain_command(
+    config: Annotated[Path, typer.Option(help="A TOML file; `init-config` prints one.")],
+    data: Annotated[
+        list[Path], typer.Option(help="Files or folders of text or code; may be given again.")
+    ],
+    more: Annotated[
+        list[Path] | None, typer.Argument(metavar="[PATH]...", help="More of them.")
+    ] = None,
+    out: Out = Path("run"),
+    resume: Annotated[
+        bool, typer.Option(help="Go on from the last checkpoint, or refuse if there is one.")
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Train on your own text or code: one file is one document, the last are held out."""
+    console = Console(stderr=True)
+    with _one_line_errors():
+        settings = TrainConfig.from_file(config)
+        found = read_files([*data, *(more or [])], settings.data.suffixes)
+        console.print(
+            f"{len(found.documents):,} documents; skipped {len(found.skipped)} binary or "
+            f"non-UTF-8 and {len(found.empty)} empty files",
+            highlight=False,
+        )
+        result = pretrain(settings, found.documents, out, resume, console=console)
+        _show(result, as_json)
+
+
+@app.command("init-config")
+def init_config_command() -> None:
+    """Print a configuration file with every key and what it means."""
+    text = resources.files("ds_train").joinpath("example.toml").read_text(encoding="utf-8")
+    typer.echo(text, nl=False)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        said = "interrupted; the same command goes on from the last checkpoint"
+        typer.echo(f"ds-train: {said}", err=True)
+        raise typer.Exit(130) from None
+    except (TrainError, ConfigError, ModelCheckpointError, OSError) as error:
+        typer.echo(f"ds-train: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2) from error
+
+
+def _show(result: RunResult, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(result.as_json(), indent=2))
+        return
+    console = Console()
+    if result.report is not None:
+        report = result.report
+        title = f"{report.documents} held-out documents, {report.bytes:,} bytes"
+        table = Table("coder", "bits per byte (less is better)", title=title)
+        for name, bits in report.rows():
+            style = "bold" if name == "this model" else ""
+            table.add_row(name, f"{bits:.3f}", style=style)
+        console.print(table)
+        if not report.beats_all:
+            console.print("The model does not beat every yardstick yet: train longer.")
+    for sample in result.samples:
+        same = "the same text" if sample.identical else "NOT the same text"
+        drafting = (
+            f"with MTP drafting {same} in {sample.passes} passes for {sample.tokens} tokens, "
+            f"{sample.accepted} of {sample.drafted} drafts accepted"
+        )
+        text = Text.assemble((sample.prompt, "bold"), sample.text)
+        console.print(Panel(text, subtitle=drafting))
+    console.print(_next_steps(result), markup=False, highlight=False)
+
+
+def _next_steps(result: RunResult) -> str:
+    pictures = f"look at     {result.out / 'plots'}\n" if result.plots else ""
+    return (
+        "\nWhat to try next\n"
+        f"{pictures}"
+        f"talk to it  ds-serve chat {result.model}\n"
+        f"inspect it  ds-model inspect {result.model}\n"
+        "your text   ds-train init-config > train.toml\n"
+        "            ds-train pretrain --config train.toml --data YOUR_FOLDER"
+    )

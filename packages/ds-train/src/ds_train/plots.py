@@ -1,0 +1,113 @@
+"""The three pictures of a run: loss, expert load over time, where each token goes.
+
+Colours: Okabe and Ito's palette for lines, perceptually even maps for fields; both can be
+told apart without colour vision.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+
+from ds_model import CausalLM, Tokenizer
+
+_BLUE, _ORANGE, _GREEN = "#0072B2", "#E69F00", "#009E73"
+
+
+def plot_loss(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw cross-entropies and learning rate over steps.
+
+    Args:
+        rows: Of `read_metrics`.
+        path: A .png to write.
+    """
+    steps = [row["step"] for row in rows]
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    upper.plot(steps, [r["cross_entropy"] for r in rows], color=_BLUE, label="next token")
+    if any(row["mtp_cross_entropy"] for row in rows):
+        upper.plot(
+            steps,
+            [r["mtp_cross_entropy"] for r in rows],
+            color=_ORANGE,
+            linestyle="--",
+            label="tokens further ahead (MTP)",
+        )
+    upper.set_ylabel("cross-entropy [nats per token]")
+    upper.set_title("Training loss")
+    upper.legend(frameon=False)
+    upper.grid(alpha=0.3)
+    lower.plot(steps, [row["learning_rate"] for row in rows], color=_GREEN)
+    lower.set_ylabel("learning rate")
+    lower.set_xlabel("optimizer step")
+    lower.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    lower.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def plot_expert_load(rows: Sequence[dict[str, Any]], names: Sequence[str], path: Path) -> None:
+    """Draw each expert's load over steps, one panel a layer; white is an even share.
+
+    Args:
+        rows: Of `read_metrics`.
+        names: Of the expert layers.
+        path: A .png to write.
+    """
+    loads_NLE = np.asarray([row["loads"] for row in rows], np.float64)
+    share_NLE = loads_NLE / np.maximum(loads_NLE.mean(axis=-1, keepdims=True), 1e-9)
+    steps = np.asarray([row["step"] for row in rows])
+    figure = Figure(figsize=(8, 1.2 + 1.6 * len(names)), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(len(names), 1, sharex=True))
+    norm = TwoSlopeNorm(vcenter=1.0, vmin=0.0, vmax=max(2.0, float(np.quantile(share_NLE, 0.99))))
+    for layer, (axis, name) in enumerate(zip(axes, names, strict=True)):
+        field = axis.pcolormesh(
+            steps, np.arange(share_NLE.shape[-1]), share_NLE[:, layer].T, cmap="PuOr_r", norm=norm
+        )
+        axis.set_ylabel("expert")
+        axis.set_title(name, loc="left", fontsize="medium")
+    axes[-1].set_xlabel("optimizer step")
+    figure.suptitle("Expert load")
+    figure.colorbar(field, ax=list(axes), label="load / mean load")
+    figure.savefig(path, dpi=120)
+
+
+def plot_routing(
+    model: CausalLM, tokenizer: Tokenizer, text: str, names: Sequence[str], path: Path
+) -> None:
+    """Draw which experts each token of a text goes to, one panel a layer of the main model.
+
+    Args:
+        model: With experts.
+        tokenizer: Its tokenizer.
+        text: The first 40 tokens are shown.
+        names: Of the expert layers.
+        path: A .png to write.
+    """
+    ids = tokenizer.encode(text)[:40]
+    output = model.forward(np.asarray([ids], np.int32))
+    shown = list(zip(output.routings, names, strict=False))
+    experts = output.routings[0].scores.shape[-1]
+    figure = Figure(figsize=(11, 1.5 + 0.13 * experts * len(shown)), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(len(shown), 1, sharex=True))
+    for axis, (routing, name) in zip(axes, shown, strict=True):
+        gates_ET = np.full((experts, len(ids)), np.nan)
+        columns = np.arange(len(ids))[:, None]
+        gates_ET[routing.indices.numpy(), columns] = routing.gates.numpy()
+        field = axis.imshow(gates_ET, aspect="auto", cmap="viridis", vmin=0, origin="lower")
+        axis.set_ylabel("expert")
+        axis.set_title(name, loc="left", fontsize="medium")
+    words = [tokenizer.decode([token]).replace("\n", "\\n").replace("$", r"\$") for token in ids]
+    axes[-1].set_xticks(range(len(ids)), words, rotation=90, fontsize="small")
+    axes[-1].set_xlabel("token, in order")
+    figure.suptitle("Routing: the experts that each token goes to (blank: not chosen)")
+    figure.colorbar(field, ax=list(axes), label="gate (weight of the expert's output)")
+    figure.savefig(path, dpi=120)
+
+
+def expert_layer_names(model: CausalLM) -> list[str]:
+    """Return what to call the layers of `model.moe_layers`, in that order."""
+    names = [f"layer {i}" for i, block in enumerate(model.blocks) if block.moe]
+    return names + [f"MTP module {k}" for k, m in enumerate(model.mtp, start=1) if m.block.moe]

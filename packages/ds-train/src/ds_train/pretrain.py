@@ -1,0 +1,185 @@
+"""A whole pre-training run: text in, a trained model with its figures out.
+
+Stages: tokenizer, token file, training, evaluation, plots, text, Hugging Face directory. Each
+leaves its files under one folder, and a run with the same folder takes up where it stopped.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ds_model import CausalLM, ModelConfig, Tokenizer
+from ds_train.config import TrainConfig
+from ds_train.data import Document, TokenFile, count_bytes, hold_out
+from ds_train.evaluation.report import Report, evaluate
+from ds_train.metrics_log import read_metrics
+from ds_train.prepare import pack, train_tokenizer
+from ds_train.progress import Stages, TrainingProgress
+from ds_train.trainer import Trainer
+from ds_train.writing import WritingSample, write
+
+_PROMPT_CHARACTERS = 80
+_NEW_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left behind.
+
+    Attributes:
+        out: Its folder.
+        model: The Hugging Face directory: weights, `config.json`, tokenizer.
+        steps: Optimizer steps done, in this process and those before it.
+        report: Bits per byte; None if nothing was held out.
+        samples: Text of the trained model.
+        plots: The pictures; none without matplotlib.
+        seconds: Wall-clock time of each stage in this process.
+    """
+
+    out: Path
+    model: Path
+    steps: int
+    report: Report | None
+    samples: tuple[WritingSample, ...]
+    plots: tuple[Path, ...]
+    seconds: dict[str, float]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the result as plain JSON types."""
+        found = asdict(self)
+        found["out"], found["model"] = str(self.out), str(self.model)
+        found["plots"] = [str(path) for path in self.plots]
+        return found
+
+
+def pretrain(
+    config: TrainConfig,
+    documents: Sequence[Document],
+    out: str | Path,
+    resume: bool = True,
+    prompts: Sequence[str] = (),
+    console: Console | None = None,
+) -> RunResult:
+    """Train a model on documents and say how good it is.
+
+    Args:
+        config: Everything that decides the run.
+        documents: In an order that means something: the last are held out.
+        out: Folder of the run; the same folder again goes on from its last checkpoint.
+        resume: False refuses a folder that has checkpoints.
+        prompts: What the model continues at the end; held-out documents' first words if empty.
+        console: Where progress is shown; nowhere if None.
+
+    Raises:
+        TrainError: A `DataError` (no text, other text than before, vocabulary too small), a
+            `CheckpointError` (broken, of another run, disk full), or a loss that is not finite.
+        ds_model.ConfigError: If the model's fields do not fit.
+    """
+    out = Path(out)
+    stages = Stages(console or Console(quiet=True), 7)
+    training, held_out = hold_out(documents, config.data.held_out)
+    vocab_size = config.model.build().vocab_size
+    with stages.stage("tokenizer") as stage:
+        tokenizer = train_tokenizer(training, out, vocab_size)
+        stage.summary = f"byte-level BPE of {tokenizer.vocab_size:,} tokens"
+    with stages.stage("packing") as stage:
+        tokens = pack(training, tokenizer, out, stage.report)
+        stage.summary = (
+            f"{len(training):,} documents, {count_bytes(training):,} bytes, "
+            f"{tokens.tokens:,} tokens; {len(held_out)} documents held out"
+        )
+    with stages.stage("training") as stage:
+        progress = TrainingProgress(stage)
+        trainer = Trainer(config, tokens, out, _model_config(config, tokenizer), [progress])
+        model = trainer.train(resume)
+        stage.summary = _training_summary(config, model, tokens)
+    context = config.data.sequence_length
+    with stages.stage("evaluation") as stage:
+        report = None
+        if held_out:
+            key = {"checkpoint": _checkpoint_key(trainer)}
+            report = Report.read(out / "report.json", **key)
+            if report is None:
+                report = evaluate(model, tokenizer, training, held_out, context, stage.report)
+                report.save(out / "report.json", **key)
+            stage.summary = f"{report.model:.3f} bits per byte on {report.bytes:,} held-out bytes"
+    probe = (held_out or training)[-1].text
+    with stages.stage("plots") as stage:
+        plots = _plots(model, tokenizer, out, probe)
+        stage.summary = ", ".join(path.name for path in plots) or _NO_PLOTS
+    with stages.stage("writing") as stage:
+        chosen = prompts or _openings(held_out or training)
+        samples = write(model, tokenizer, chosen, _NEW_TOKENS)
+        accepted, drafted = sum(s.accepted for s in samples), sum(s.drafted for s in samples)
+        stage.summary = f"{accepted} of {drafted} drafts accepted"
+    with stages.stage("saving") as stage:
+        folder = out / "model"
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        stage.summary = str(folder)
+    return RunResult(
+        out, folder, config.train.steps, report, tuple(samples), tuple(plots), stages.seconds
+    )
+
+
+_NO_PLOTS = "left out: pip install 'ds-train[plot]'"
+
+
+def _model_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """The configured model with the tokenizer's special ids."""
+    found = config.model.build()
+    length = max(found.max_position_embeddings, config.data.sequence_length)
+    return found.replace(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        max_position_embeddings=length,
+    )
+
+
+def _training_summary(config: TrainConfig, model: CausalLM, tokens: TokenFile) -> str:
+    table = config.train
+    seen = table.steps * table.batch_size * config.data.sequence_length
+    return (
+        f"{model.count_params() / 1e6:.1f}M parameters, {table.steps:,} steps, {seen:,} tokens "
+        f"({seen / tokens.tokens:.2f} passes)"
+    )
+
+
+def _checkpoint_key(trainer: Trainer) -> str:
+    """What the figures belong to: the SHA-256 of the last checkpoint's manifest."""
+    last = trainer.checkpoints.steps()[-1]
+    raw = (trainer.checkpoints.path(last) / "manifest.json").read_bytes()
+    return hashlib.sha256(raw).hexdigest()
+
+
+def _plots(model: CausalLM, tokenizer: Tokenizer, out: Path, text: str) -> list[Path]:
+    if find_spec("matplotlib") is None:
+        return []
+    # matplotlib is an extra: a run without it still trains.
+    from ds_train import plots  # noqa: PLC0415
+
+    rows = read_metrics(out / "metrics.jsonl")
+    folder = out / "plots"
+    folder.mkdir(exist_ok=True)
+    plots.plot_loss(rows, folder / "loss.png")
+    drawn = [folder / "loss.png"]
+    names = plots.expert_layer_names(model)
+    if names:
+        plots.plot_expert_load(rows, names, folder / "expert_load.png")
+        plots.plot_routing(model, tokenizer, text, names, folder / "routing.png")
+        drawn += [folder / "expert_load.png", folder / "routing.png"]
+    return drawn
+
+
+def _openings(documents: Sequence[Document]) -> list[str]:
+    openings = []
+    for document in documents[-2:]:
+        start = document.text.lstrip()[:_PROMPT_CHARACTERS]
+        openings.append(start.rsplit(" ", 1)[0] or start)
+    return openings

@@ -1,0 +1,62 @@
+"""What the tests share: a model small enough to trace in seconds, and one finished run of it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ds_train import TrainConfig, Trainer
+
+# Two blocks, the second with experts, and one MTP module.
+MODEL = {
+    "preset": "tiny",
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 2,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 4,
+    "n_group": 2,
+    "topk_group": 1,
+}
+
+
+def tables(**changes):
+    """Return a configuration's tables for a run of six steps."""
+    found = {
+        "model": dict(MODEL),
+        "data": {"sequence_length": 16},
+        "schedule": {"peak": 1e-2, "floor": 1e-3, "final": 1e-4, "warmup_steps": 2},
+        "train": {"steps": 6, "batch_size": 4, "log_every": 2},
+        "checkpoint": {"every": 2, "keep": 2},
+    }
+    for table, values in changes.items():
+        found[table] = found.get(table, {}) | values
+    return found
+
+
+def tokens(count=600):
+    """Return ids with a pattern to learn: a counting loop with some noise."""
+    rng = np.random.default_rng(0)
+    ids = np.arange(count) % 50 + 20
+    return np.where(rng.random(count) < 0.1, rng.integers(0, 300, count), ids).astype(np.uint16)
+
+
+@dataclass
+class Run:
+    """A finished run."""
+
+    trainer: Trainer
+    out: Path
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """Return a run of six steps that nothing interrupted."""
+    out = tmp_path_factory.mktemp("finished")
+    trainer = Trainer(TrainConfig.from_dict(tables()), tokens(), out)
+    trainer.train()
+    return Run(trainer, out)
