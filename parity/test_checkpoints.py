@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from ds_model import CausalLM, CheckpointError, ModelConfig
 from parity import pairs, peer
-from parity.measure import LOGITS, relative
+from parity.measure import LOGITS, relative, same_experts
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -108,3 +108,17 @@ def test_shards_of_transformers_load(tmp_path: Path) -> None:
     ids, mask = case.batch()
     mine = CausalLM.from_pretrained(tmp_path)(ids, mask).numpy()
     assert relative(mine, pairs.peer_forward(case).logits) < LOGITS
+
+
+@pytest.mark.parametrize("name", ["left-padded", "v2-lite"])
+def test_bfloat16_files(name: str, tmp_path: Path) -> None:
+    """Weights stored in bfloat16, as most people have them, opened in float32 by both."""
+    case = BY_NAME[name]
+    peer.load(pairs.folder_of(case)).bfloat16().save_pretrained(tmp_path)
+    ids, mask = case.batch()
+    theirs = peer.forward(peer.load(tmp_path), ids, mask)
+    model = CausalLM.from_pretrained(tmp_path)
+    real = mask == 1
+    assert relative(model(ids, mask).numpy()[real], theirs.logits[real]) < LOGITS
+    for mine, chosen in zip(ours.experts(model, ids, mask), theirs.experts, strict=True):
+        assert same_experts(mine[real.ravel()], chosen[real.ravel()])

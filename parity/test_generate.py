@@ -38,6 +38,22 @@ def test_greedy(case: Case) -> None:
     assert_same_text(case, mine, pairs.peer_greedy(case), mask)
 
 
+@pytest.mark.parametrize("name", ["yarn-only-all-dim", "v2-group-limited"])
+def test_defaults_end_where_transformers_ends(name: str) -> None:
+    """Both take the end token from config.json, and fill with it for want of a padding token."""
+    case = BY_NAME[name]
+    ids, mask = case.batch()
+    theirs = pairs.peer_of(case).generate(
+        torch.tensor(ids).long(),
+        attention_mask=torch.tensor(mask).long(),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+    )
+    assert (theirs[:, ids.shape[1] :] == case.config["eos_token_id"]).any(dim=1).all()
+    mine = pairs.ours_of(case).generate(ids, mask, max_new_tokens=NEW_TOKENS)
+    np.testing.assert_array_equal(mine.numpy(), theirs.numpy())
+
+
 def test_stops_where_transformers_stops() -> None:
     """A row that ended is filled with the padding token while the others go on."""
     case = BY_NAME["left-padded"]
