@@ -98,7 +98,7 @@ def test_end_tokens_as_a_tuple():
         ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers is -1"),
         ({"qk_rope_head_dim": 7}, "qk_rope_head_dim is 7; it must be even"),
         ({"n_group": 3}, r"n_group is 3; it must divide n_routed_experts \(8\)"),
-        ({"moe_intermediate_size": None}, "moe_intermediate_size is 0"),
+        ({"moe_intermediate_size": None}, "moe_intermediate_size is None"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"model_type": "llama"}, "model_type is 'llama'; known"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_type is 'linear'; known"),
