@@ -40,7 +40,8 @@ class Stage:
             self._bar.update(self._task, completed=done, total=total, note=note)
         elif time.monotonic() - self._said > _SECONDS_BETWEEN_LINES:
             self._said = time.monotonic()
-            self._console.print(f"  {self._name} {done:,}/{total:,}  {note}", highlight=False)
+            line = f"  {self._name} {done:,}/{total:,}  {note}"
+            self._console.print(line, highlight=False, soft_wrap=True)
 
 
 class Stages:
@@ -80,7 +81,7 @@ class Stages:
         self.seconds[name] = time.perf_counter() - start
         head = f"[{self._index}/{self._count}] {name}"
         line = f"{head:<18} {self.seconds[name]:6.1f} s  {stage.summary}"
-        self._console.print(line, highlight=False, markup=False)
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 class TrainingProgress(Callback):
