@@ -1,0 +1,142 @@
+"""The command line on real text: a whole run, run again, and what it refuses."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from conftest import MODEL
+from ds_model import CausalLM, Tokenizer
+from ds_train import TrainConfig, quickstart_config
+from ds_train.cli import app
+from ds_train.data import state_of_the_union
+
+runner = CliRunner()
+CONFIG = f"""
+[model]
+{"".join(f"{key} = {value!r}{chr(10)}" for key, value in MODEL.items())}
+[data]
+sequence_length = 16
+held_out = 0.2
+suffixes = [".txt"]
+[schedule]
+peak = 1e-2
+warmup_steps = 5
+constant_until = 0.5
+[train]
+steps = 30
+batch_size = 8
+[checkpoint]
+every = 10
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Return the folder of a finished run, its data and config, and what it printed."""
+    root = tmp_path_factory.mktemp("cli")
+    (root / "data").mkdir()
+    for document in state_of_the_union()[:5]:
+        text = document.text[:6000].replace("Government", "government")
+        (root / "data" / f"{document.name}.txt").write_text(text)
+    (root / "data" / "picture.txt").write_bytes(b"\0\1\2")
+    (root / "train.toml").write_text(CONFIG)
+    return root, pretrain(root)
+
+
+def pretrain(root, *more):
+    arguments = ["--config", root / "train.toml", "--data", root / "data", "--out", root / "out"]
+    return runner.invoke(app, ["pretrain", *map(str, arguments), *more])
+
+
+def test_a_run_leaves_a_model_that_opens_again(run):
+    root, result = run
+    assert result.exit_code == 0, result.output
+    assert "skipped 1 binary" in result.stderr
+    model = CausalLM.from_pretrained(root / "out" / "model")
+    tokenizer = Tokenizer.from_pretrained(root / "out" / "model")
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert {path.name for path in (root / "out" / "plots").iterdir()} == {
+        "loss.png",
+        "expert_load.png",
+        "routing.png",
+    }
+
+
+def test_the_report_stands_beside_the_yardsticks(run):
+    root, result = run
+    report = json.loads((root / "out" / "report.json").read_text())
+    held = max((root / "data").glob("17*.txt")).read_bytes()
+    assert report["bytes"] == len(held.strip())
+    assert report["documents"] == 1
+    for name in ("model", "unigram", "ngram", "xz"):
+        assert f"{report[name]:.3f}" in result.stdout
+    # Thirty steps beat knowing nothing (every token equally likely), and not the 5-gram.
+    assert report["ngram"] < report["model"] < report["tokens"] * 8.23 / report["bytes"]
+    assert "does not beat every yardstick" in result.stdout
+
+
+def test_run_again_it_has_nothing_to_do_and_says_the_same(run):
+    root, first = run
+    again = pretrain(root, "--json")
+    assert again.exit_code == 0, again.output
+    found = json.loads(again.stdout)
+    assert found["steps"] == 30
+    assert found["report"] == {
+        key: value
+        for key, value in json.loads((root / "out" / "report.json").read_text()).items()
+        if key != "checkpoint"
+    }
+    assert all(sample["identical"] for sample in found["samples"])
+    assert found["samples"][0]["text"].split()[0] in first.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("[train]\nsteps = 0\n", "[train] steps = 0: should be greater than 0"),
+        ('[data]\nsuffixes = [".md"]\n', "no text to train on"),
+        ("[model]\nvocab_size = 100\n", "vocab_size is 100; it must be at least 264"),
+        ("[nonsense]\n", "[nonsense]: unknown key"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(run, tmp_path, change, said):
+    root, _ = run
+    (tmp_path / "bad.toml").write_text(change)
+    arguments = ["pretrain", "--config", tmp_path / "bad.toml", "--data", root / "data"]
+    result = runner.invoke(app, [*map(str, arguments), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("ds-train: ")
+    assert said in last
+
+
+def test_a_broken_checkpoint_is_one_line_and_exit_code_2(run):
+    root, _ = run
+    path = root / "out" / "checkpoints" / "step-00000030" / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:1000])
+    result = pretrain(root)
+    path.write_bytes(whole)
+    assert result.exit_code == 2
+    assert "model.safetensors has 1000 bytes" in result.stderr
+    assert "go on from step 20" in result.stderr
+
+
+def test_the_printed_config_is_valid_and_complete(tmp_path):
+    result = runner.invoke(app, ["init-config"])
+    path = tmp_path / "train.toml"
+    path.write_text(result.stdout)
+    config = TrainConfig.from_file(path)
+    dumped = config.model_dump()
+    for table, values in dumped.items():
+        assert f"[{table}]" in result.stdout
+        for key in values:
+            assert f"\n{key} = " in result.stdout
+
+
+def test_the_quickstart_refuses_a_bad_step_count():
+    result = runner.invoke(app, ["quickstart", "--steps", "0"])
+    assert result.exit_code == 2
+    assert "[train] steps = 0" in result.stderr
+    assert quickstart_config(300).train.steps == 300
