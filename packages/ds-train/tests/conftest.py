@@ -5,8 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from ds_train import TrainConfig, Trainer
+
+# Two devices on one machine, for the test of replicas; must come before TensorFlow starts.
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
+)
 
 # Two blocks, the second with experts, and one MTP module.
 MODEL = {

@@ -57,6 +57,31 @@ def test_biases_stand_still_late_in_the_run(batch):
         assert not layer.gate.e_score_correction_bias.numpy().any()
 
 
+def test_two_replicas_take_the_step_of_one(batch, whole):
+    model, output = whole
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    with strategy.scope():
+        mirrored, step = step_of()
+    halves = strategy.experimental_distribute_values_from_function(
+        lambda context: tf.constant(np.split(batch, 2)[context.replica_id_in_sync_group][None])
+    )
+    run = tf.function(lambda tokens: strategy.run(step.replica_step, (tokens,)), autograph=False)
+    found = run(halves)
+    for loads in strategy.experimental_local_results(found.loads):
+        np.testing.assert_array_equal(loads, output.loads)
+    for norm in strategy.experimental_local_results(found.scalars["gradient_norm"]):
+        assert float(norm) == pytest.approx(float(output.scalars["gradient_norm"]), rel=1e-5)
+    for ours, theirs in zip(mirrored.moe_layers, model.moe_layers, strict=True):
+        bias = ours.gate.e_score_correction_bias.numpy()
+        np.testing.assert_array_equal(bias, theirs.gate.e_score_correction_bias.numpy())
+    # Adam divides a gradient by its own size: rounding in a tiny one may turn it by up to 2 lr.
+    apart = [
+        np.abs(ours.numpy() - theirs.numpy()).mean()
+        for ours, theirs in zip(mirrored.variables, model.variables, strict=True)
+    ]
+    assert max(apart) < 1e-6
+
+
 def test_clipping_is_torchs():
     # torch.nn.utils.clip_grad_norm_: scale = max_norm / (norm + 1e-6), never above 1.
     gradients = [tf.constant([3.0, 0.0]), tf.constant([[4.0]])]
