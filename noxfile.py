@@ -166,7 +166,7 @@ def gpu(session: nox.Session, package: str) -> None:
     if not Path("/dev/nvidia0").exists():
         session.skip("no NVIDIA GPU on this machine (/dev/nvidia0 is missing)")
     install_wheels(session, f"{package}[gpu]")
-    session.install(*nox.project.dependency_groups(GROUPS, "test"))
+    install_test_tools(session, package)
     session.chdir(ROOT / "packages" / package)
     none_marked = 5  # pytest's exit code for "no test selected"
     session.run("pytest", "-q", "-m", "gpu", *session.posargs, success_codes=[0, none_marked])
@@ -277,7 +277,7 @@ def run_tests(
     plot = project["optional-dependencies"].get("plot", [])
     extra = "[plot]" if plot else ""
     declared = [line for line in project["dependencies"] + plot if not line.startswith("ds-")]
-    session.install("-q", *nox.project.dependency_groups(GROUPS, "test"))
+    install_test_tools(session, package)
     options = ("--upgrade", "--resolution", "lowest-direct", *declared) if oldest else ()
     install_wheels(session, f"{package}{extra}", wheels=wheels, options=options)
     session.chdir(ROOT / "packages" / package)  # src layout: only the wheel can be imported
@@ -288,6 +288,12 @@ def run_tests(
         f"--cov-fail-under={COVERAGE}",
     ]
     session.run("pytest", "-q", *(() if oldest else coverage), *session.posargs, env=QUIET)
+
+
+def install_test_tools(session: nox.Session, package: str) -> None:
+    """Install pytest and the rest of group `test`, and the package's own group if it has one."""
+    own = {f"test-{package}"} & GROUPS["dependency-groups"].keys()
+    session.install("-q", *nox.project.dependency_groups(GROUPS, "test", *own))
 
 
 def install_peer(session: nox.Session) -> None:
