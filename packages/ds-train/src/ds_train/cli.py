@@ -123,11 +123,12 @@ def _show(result: RunResult, as_json: bool) -> None:
     for sample in result.samples:
         same = "the same text" if sample.identical else "NOT the same text"
         drafting = (
-            f"with MTP drafting {same} in {sample.passes} passes for {sample.tokens} tokens, "
+            f"  With MTP drafting: {same}, {sample.tokens} tokens in {sample.passes} passes, "
             f"{sample.accepted} of {sample.drafted} drafts accepted"
         )
         text = Text.assemble((sample.prompt, "bold"), sample.text)
-        console.print(Panel(text, subtitle=drafting))
+        console.print(Panel(text))
+        console.print(drafting, highlight=False, soft_wrap=True)
     console.print(_next_steps(result), markup=False, highlight=False)
 
 

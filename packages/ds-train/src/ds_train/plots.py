@@ -5,7 +5,6 @@ told apart without colour vision.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,12 +16,11 @@ from ds_model import CausalLM, Tokenizer
 _BLUE, _ORANGE, _GREEN = "#0072B2", "#E69F00", "#009E73"
 
 
-def plot_loss(rows: Sequence[dict[str, Any]], path: Path) -> None:
+def plot_loss(rows: Sequence[dict[str, Any]]) -> Figure:
     """Draw cross-entropies and learning rate over steps.
 
     Args:
         rows: Of `read_metrics`.
-        path: A .png to write.
     """
     steps = [row["step"] for row in rows]
     figure = Figure(figsize=(8, 6), layout="constrained")
@@ -45,16 +43,15 @@ def plot_loss(rows: Sequence[dict[str, Any]], path: Path) -> None:
     lower.set_xlabel("optimizer step")
     lower.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     lower.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
-def plot_expert_load(rows: Sequence[dict[str, Any]], names: Sequence[str], path: Path) -> None:
+def plot_expert_load(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Figure:
     """Draw each expert's load over steps, one panel a layer; white is an even share.
 
     Args:
         rows: Of `read_metrics`.
         names: Of the expert layers.
-        path: A .png to write.
     """
     loads_NLE = np.asarray([row["loads"] for row in rows], np.float64)
     share_NLE = loads_NLE / np.maximum(loads_NLE.mean(axis=-1, keepdims=True), 1e-9)
@@ -71,12 +68,10 @@ def plot_expert_load(rows: Sequence[dict[str, Any]], names: Sequence[str], path:
     axes[-1].set_xlabel("optimizer step")
     figure.suptitle("Expert load")
     figure.colorbar(field, ax=list(axes), label="load / mean load")
-    figure.savefig(path, dpi=120)
+    return figure
 
 
-def plot_routing(
-    model: CausalLM, tokenizer: Tokenizer, text: str, names: Sequence[str], path: Path
-) -> None:
+def plot_routing(model: CausalLM, tokenizer: Tokenizer, text: str, names: Sequence[str]) -> Figure:
     """Draw which experts each token of a text goes to, one panel a layer of the main model.
 
     Args:
@@ -84,7 +79,6 @@ def plot_routing(
         tokenizer: Its tokenizer.
         text: The first 40 tokens are shown.
         names: Of the expert layers.
-        path: A .png to write.
     """
     ids = tokenizer.encode(text)[:40]
     output = model.forward(np.asarray([ids], np.int32))
@@ -104,7 +98,7 @@ def plot_routing(
     axes[-1].set_xlabel("token, in order")
     figure.suptitle("Routing: the experts that each token goes to (blank: not chosen)")
     figure.colorbar(field, ax=list(axes), label="gate (weight of the expert's output)")
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def expert_layer_names(model: CausalLM) -> list[str]:

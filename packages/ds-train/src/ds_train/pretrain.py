@@ -167,14 +167,14 @@ def _plots(model: CausalLM, tokenizer: Tokenizer, out: Path, text: str) -> list[
     rows = read_metrics(out / "metrics.jsonl")
     folder = out / "plots"
     folder.mkdir(exist_ok=True)
-    plots.plot_loss(rows, folder / "loss.png")
-    drawn = [folder / "loss.png"]
+    figures = {"loss.png": plots.plot_loss(rows)}
     names = plots.expert_layer_names(model)
     if names:
-        plots.plot_expert_load(rows, names, folder / "expert_load.png")
-        plots.plot_routing(model, tokenizer, text, names, folder / "routing.png")
-        drawn += [folder / "expert_load.png", folder / "routing.png"]
-    return drawn
+        figures["expert_load.png"] = plots.plot_expert_load(rows, names)
+        figures["routing.png"] = plots.plot_routing(model, tokenizer, text, names)
+    for name, figure in figures.items():
+        figure.savefig(folder / name, dpi=120)
+    return [folder / name for name in figures]
 
 
 def _openings(documents: Sequence[Document]) -> list[str]:
