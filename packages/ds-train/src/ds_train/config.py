@@ -41,11 +41,16 @@ class ModelTable(_Table):
 
 
 class DataTable(_Table):
-    """`[data]`: which files are documents, how they are packed, which are held out."""
+    """`[data]`: which files are documents, how they are packed, which are held out.
+
+    `latest_first`: a run shorter than one pass takes the end of the text, not a sample of all
+    of it. Right where documents stand in order of time and the newest matter most.
+    """
 
     suffixes: tuple[str, ...] = ()
     sequence_length: Positive = 256
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    latest_first: bool = False
 
 
 class OptimizerTable(_Table):

@@ -10,6 +10,7 @@ tokens before it where the document has them.
 Shape letters: B windows of a batch, S context.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -93,7 +94,7 @@ def bits_per_byte(
         tokens += int(arrays[-1].sum())
         if progress is not None:
             progress(min(index * batch_size, len(windows)), len(windows))
-    bits = total / np.log(2)
+    bits = total / math.log(2)
     return BitsPerByte(bits / size, bits, size, tokens)
 
 
