@@ -135,14 +135,6 @@ def test_the_order_depends_on_seed_and_step_alone():
     assert set(first[:, 0]) == set(second[:, 0])
 
 
-def test_a_short_run_may_take_the_end_of_the_text():
-    tokens = np.arange(100, dtype=np.uint16)
-    packed = PackedSequences(tokens, 7, seed=0, last=4)
-    rows = packed.batch(0, 4)
-    assert sorted(rows[:, 1:].ravel()) == list(range(100 - 4 * 7, 100))  # labels reach the end
-    assert PackedSequences(tokens, 7, seed=0, last=1000).sequences == 14
-
-
 def test_too_little_text_is_one_line():
     with pytest.raises(DataError, match="8 tokens of text are too few for one sequence of 8"):
         PackedSequences(np.arange(8), 8, seed=0)

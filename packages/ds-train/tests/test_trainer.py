@@ -101,6 +101,13 @@ def test_a_token_outside_the_vocabulary_is_named(tmp_path):
         Trainer(config, tokens(), tmp_path)
 
 
+def test_the_latest_part_alone_is_trained_on(tmp_path):
+    ids = np.r_[np.full(300, 299), np.arange(40) % 20].astype(np.uint16)
+    config = TrainConfig.from_dict(tables(data={"latest": 0.1}, model={"vocab_size": 264}))
+    # Ids before the last tenth would be outside the vocabulary.
+    assert Trainer(config, ids, tmp_path).checkpoints.steps() == []
+
+
 def test_too_little_text_is_one_line(tmp_path):
     with pytest.raises(DataError, match="too few for one sequence of 16"):
         Trainer(TrainConfig.from_dict(tables()), tokens(12), tmp_path)

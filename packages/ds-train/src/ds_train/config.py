@@ -43,14 +43,14 @@ class ModelTable(_Table):
 class DataTable(_Table):
     """`[data]`: which files are documents, how they are packed, which are held out.
 
-    `latest_first`: a run shorter than one pass takes the end of the text, not a sample of all
-    of it. Right where documents stand in order of time and the newest matter most.
+    `latest`: which part of the training text, at its end, is trained on; the tokenizer learns from
+    all of it. Below 1 where documents stand in order of time and the newest matter most.
     """
 
     suffixes: tuple[str, ...] = ()
     sequence_length: Positive = 256
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    latest_first: bool = False
+    latest: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
 class OptimizerTable(_Table):

@@ -63,13 +63,9 @@ class Trainer:
         self.config = config
         self.out = Path(out)
         ids = tokens.open() if isinstance(tokens, TokenFile) else tokens
-        wanted = config.train.steps * config.train.batch_size
-        self._data = PackedSequences(
-            ids,
-            config.data.sequence_length,
-            config.train.seed,
-            last=wanted if config.data.latest_first else None,
-        )
+        table = config.data
+        ids = ids[-math.ceil(table.latest * len(ids)) :]
+        self._data = PackedSequences(ids, table.sequence_length, config.train.seed)
         self._model_config = model_config or config.model.build()
         if int(ids.max()) >= self._model_config.vocab_size:
             msg = (

@@ -20,15 +20,12 @@ class PackedSequences:
         tokens: All ids `[tokens]`, any unsigned integer dtype; a memory map will do.
         sequence_length: S, tokens of input in each sequence.
         seed: Chooses the order.
-        last: Use only this many sequences at the end of the text; all if None.
 
     Raises:
         DataError: If there are fewer than S + 1 tokens.
     """
 
-    def __init__(
-        self, tokens: np.ndarray, sequence_length: int, seed: int, last: int | None = None
-    ) -> None:
+    def __init__(self, tokens: np.ndarray, sequence_length: int, seed: int) -> None:
         self.sequences = (len(tokens) - 1) // sequence_length
         if self.sequences < 1:
             msg = (
@@ -36,9 +33,6 @@ class PackedSequences:
                 f"{sequence_length} and its label; give more text or a smaller sequence_length"
             )
             raise DataError(msg)
-        if last is not None and last < self.sequences:
-            tokens = tokens[-last * sequence_length - 1 :]
-            self.sequences = last
         self._tokens = tokens
         self._length = sequence_length
         self._seed = seed
