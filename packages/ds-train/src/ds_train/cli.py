@@ -41,7 +41,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result for progr
 @app.command("quickstart")
 def quickstart_command(
     out: Out = Path("quickstart"),
-    steps: Annotated[int, typer.Option(help="Optimizer steps of 2,048 tokens.")] = STEPS,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of 1,024 tokens.")] = STEPS,
     seed: Annotated[int, typer.Option(help="Of weights and data order.")] = 0,
     as_json: AsJson = False,
 ) -> None:
