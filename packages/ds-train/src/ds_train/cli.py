@@ -126,8 +126,9 @@ def _show(result: RunResult, as_json: bool) -> None:
             f"  With MTP drafting: {same}, {sample.tokens} tokens in {sample.passes} passes, "
             f"{sample.accepted} of {sample.drafted} drafts accepted"
         )
-        text = Text.assemble((sample.prompt, "bold"), sample.text)
-        console.print(Panel(text))
+        for way, added in (("greedy", sample.text), ("drawn", sample.drawn)):
+            text = Text.assemble((sample.prompt, "bold"), added)
+            console.print(Panel(text, title=way, title_align="left"))
         console.print(drafting, highlight=False, soft_wrap=True)
     console.print(_next_steps(result), markup=False, highlight=False)
 

@@ -145,9 +145,10 @@ def _model_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
 def _training_summary(config: TrainConfig, model: CausalLM, tokens: TokenFile) -> str:
     table = config.train
     seen = table.steps * table.batch_size * config.data.sequence_length
+    part = f" over the latest {config.data.latest:.0%}" if config.data.latest < 1 else ""
     return (
         f"{model.count_params() / 1e6:.1f}M parameters, {table.steps:,} steps, {seen:,} tokens "
-        f"({seen / tokens.tokens:.2f} passes)"
+        f"({seen / (tokens.tokens * config.data.latest):.2f} passes{part})"
     )
 
 

@@ -10,11 +10,12 @@ from ds_model import CausalLM, Tokenizer
 
 @dataclass(frozen=True)
 class WritingSample:
-    """A prompt continued greedily, twice.
+    """A prompt continued greedily, twice, and once by drawing.
 
     Attributes:
         prompt: What was given.
         text: What the model added, one token a pass.
+        drawn: What it adds when tokens are drawn (temperature 0.8, nucleus 0.95).
         identical: Whether drafting gave the same tokens.
         tokens: New tokens.
         passes: Passes of the model with drafting; without, one a token.
@@ -24,6 +25,7 @@ class WritingSample:
 
     prompt: str
     text: str
+    drawn: str
     identical: bool
     tokens: int
     passes: int
@@ -34,7 +36,7 @@ class WritingSample:
 def write(
     model: CausalLM, tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int
 ) -> list[WritingSample]:
-    """Continue each prompt greedily, without and with MTP drafting.
+    """Continue each prompt greedily, without and with MTP drafting, and by drawing.
 
     Without MTP modules in the model there are no drafts, and the two are one.
     """
@@ -47,11 +49,15 @@ def write(
         if model.mtp:
             drafted = model.generate(ids, max_new_tokens=max_new_tokens, draft=True).numpy()
         stats = model.last_generation
+        drawn = model.generate(
+            ids, max_new_tokens=max_new_tokens, temperature=0.8, top_p=0.95, seed=0
+        ).numpy()
         new = plain[0, ids.shape[1] :]
         samples.append(
             WritingSample(
                 prompt=prompt,
                 text=tokenizer.decode(new.tolist()),
+                drawn=tokenizer.decode(drawn[0, ids.shape[1] :].tolist()),
                 identical=bool(np.array_equal(plain, drafted)),
                 tokens=stats.new_tokens,
                 passes=stats.steps,
