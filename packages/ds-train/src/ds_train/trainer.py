@@ -63,9 +63,8 @@ class Trainer:
         self.config = config
         self.out = Path(out)
         ids = tokens.open() if isinstance(tokens, TokenFile) else tokens
-        table = config.data
-        ids = ids[-math.ceil(table.latest * len(ids)) :]
-        self._data = PackedSequences(ids, table.sequence_length, config.train.seed)
+        ids = ids[-math.ceil(config.data.latest * len(ids)) :]
+        self._data = PackedSequences(ids, config.data.sequence_length, config.train.seed)
         self._model_config = model_config or config.model.build()
         if int(ids.max()) >= self._model_config.vocab_size:
             msg = (
