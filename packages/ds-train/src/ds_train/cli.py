@@ -134,12 +134,12 @@ def _show(result: RunResult, as_json: bool) -> None:
 
 
 def _next_steps(result: RunResult) -> str:
-    pictures = f"look at     {result.out / 'plots'}\n" if result.plots else ""
+    pictures = f"look at      {result.out / 'plots'}\n" if result.plots else ""
     return (
         "\nWhat to try next\n"
         f"{pictures}"
-        f"talk to it  ds-serve chat {result.model}\n"
-        f"inspect it  ds-model inspect {result.model}\n"
-        "your text   ds-train init-config > train.toml\n"
-        "            ds-train pretrain --config train.toml --data YOUR_FOLDER"
+        f"let it write ds-serve chat --raw {result.model}\n"
+        f"inspect it   ds-model inspect {result.model}\n"
+        "your text    ds-train init-config > train.toml\n"
+        "             ds-train pretrain --config train.toml --data YOUR_FOLDER"
     )

@@ -33,7 +33,9 @@ def train_tokenizer(documents: Sequence[Document], out: Path, vocab_size: int) -
             raise DataError(msg)
         return Tokenizer.from_pretrained(folder)
     try:
-        tokenizer = Tokenizer.train((d.text for d in documents), vocab_size)
+        # No chat template: what pre-training makes continues text and has learnt no conversation.
+        texts = (d.text for d in documents)
+        tokenizer = Tokenizer.train(texts, vocab_size, chat_template=None)
     except ValueError as error:
         raise DataError(str(error)) from error
     tokenizer.save_pretrained(folder)
