@@ -21,6 +21,9 @@ from packaging.version import Version
 
 nox.options.default_venv_backend = "uv"
 nox.options.reuse_venv = "yes"
+# One set of environments a Python: nox reuses one whatever Python made it, so that calling it
+# with 3.13 would else test 3.11 again.
+nox.options.envdir = f".nox/py{sys.version_info.major}.{sys.version_info.minor}"
 nox.options.sessions = ["check"]
 
 ROOT = Path(__file__).parent
