@@ -2,6 +2,7 @@
 
 import json
 
+import keras
 import ml_dtypes
 import numpy as np
 import pytest
@@ -132,6 +133,53 @@ def test_a_tied_head_must_equal_the_embedding(tmp_path):
     save_file(tensors | {"lm_head.weight": head}, tmp_path / SINGLE)
     with pytest.raises(CheckpointError, match=r"lm_head.weight differs"):
         CausalLM.from_pretrained(tmp_path)
+
+
+class Adapted(CausalLM):
+    """A model with a weight that no released file has."""
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.adapter = self.add_weight(
+            name="adapter", shape=(3,), initializer=keras.initializers.Constant(5)
+        )
+
+
+def test_a_weight_that_no_file_has_is_drawn_as_always(directory, model):
+    adapted = Adapted.from_pretrained(directory)
+    np.testing.assert_array_equal(adapted.adapter.numpy(), [5, 5, 5])
+    for entry in layout(model.config):
+        expected = variable_at(model, entry).numpy()
+        np.testing.assert_array_equal(variable_at(adapted, entry).numpy(), expected)
+
+
+def test_a_loaded_model_trains_as_one_whose_variables_were_assigned(directory, model):
+    """The variables lie in memory that numpy allocated; updates must not mind."""
+    loaded = CausalLM.from_pretrained(directory)
+    assigned = CausalLM(model.config)
+    for ours, theirs in zip(assigned.variables, model.variables, strict=True):
+        ours.assign(theirs.numpy())
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 9))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    for trained in (loaded, assigned):
+        trained.compile(keras.optimizers.SGD(0.1), loss)
+        trained.fit(ids[:, :-1], ids[:, 1:], epochs=2, batch_size=2, verbose=0)
+    for ours, theirs in zip(loaded.variables, assigned.variables, strict=True):
+        np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-5, atol=1e-7)
+    kernel = loaded.lm_head.kernel.numpy()
+    assert np.abs(kernel - model.lm_head.kernel.numpy()).max() > 1e-4  # and it did train
+
+
+def test_a_load_that_fails_leaves_no_trace(tmp_path, model):
+    """The next model is drawn as always."""
+    name = f"{MTP}.embed_tokens.weight"
+    change(tmp_path, **{name: weights(RELEASED)[name] + np.float32(1e-3)})
+    with pytest.raises(CheckpointError, match="differs"):
+        CausalLM.from_pretrained(tmp_path)
+    drawn = CausalLM(model.config)
+    np.testing.assert_array_equal(drawn.norm.weight.numpy(), np.ones(model.config.hidden_size))
+    spread = drawn.lm_head.kernel.numpy().std() / model.config.initializer_range
+    np.testing.assert_allclose(spread, 1, atol=0.1)
 
 
 def test_a_refused_checkpoint_changes_no_variable(tmp_path):

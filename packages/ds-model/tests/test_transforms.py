@@ -1,12 +1,13 @@
 """Each transform computes the released product, and is undone exactly."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ds_model.checkpoint.layout import Entry, Tensor, Transform
-from ds_model.checkpoint.transforms import join, split
+from ds_model.checkpoint.transforms import blocks, fill, places, split
 
 D, I, E = 5, 3, 4  # noqa: E741 - the letters of the layout
 NUMBERS = np.random.default_rng(0)
@@ -25,6 +26,14 @@ CASES = {
 }
 
 
+def join(which, files):
+    """The variable that `files` make, as loading makes it."""
+    value = np.empty(which.shape, next(iter(files.values())).dtype)
+    for name, place in places(which, value):
+        fill(place, files[name])
+    return value
+
+
 def tensors(which, dtype=np.float32):
     return {s.name: NUMBERS.normal(size=s.shape).astype(dtype) for s in which.sources}
 
@@ -33,7 +42,7 @@ def tensors(which, dtype=np.float32):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_split_undoes_join_bit_for_bit(which, dtype):
     files = tensors(which, dtype)
-    value = join(which, files.__getitem__)
+    value = join(which, files)
     assert value.shape == which.shape
     back = dict(split(which, value))
     assert list(back) == list(files)
@@ -48,7 +57,7 @@ def test_gate_comes_before_up():
     files = tensors(which)
     x = NUMBERS.normal(size=D).astype(np.float32)
     expected = np.concatenate([files["t0"] @ x, files["t1"] @ x])
-    np.testing.assert_allclose(x @ join(which, files.__getitem__), expected, rtol=1e-5)
+    np.testing.assert_allclose(x @ join(which, files), expected, rtol=1e-5)
 
 
 @given(st.integers(0, E - 1))
@@ -57,19 +66,34 @@ def test_expert_keeps_its_place(expert):
     files = tensors(up_and_gate)
     x = np.ones(D, np.float32)
     expected = np.concatenate([files[f"t{2 * expert}"] @ x, files[f"t{2 * expert + 1}"] @ x])
-    stacked = join(up_and_gate, files.__getitem__)
+    stacked = join(up_and_gate, files)
     np.testing.assert_allclose(x @ stacked[expert], expected, rtol=1e-4, atol=1e-6)
     files = tensors(down)
-    np.testing.assert_array_equal(join(down, files.__getitem__)[expert], files[f"t{expert}"].T)
+    np.testing.assert_array_equal(join(down, files)[expert], files[f"t{expert}"].T)
 
 
-def test_each_tensor_is_read_once():
-    for which in CASES.values():
-        files, read = tensors(which), []
+@pytest.mark.parametrize("which", CASES.values(), ids=[case.value for case in CASES])
+def test_the_places_cover_the_variable_once(which):
+    counts = np.zeros(which.shape, int)
+    for source, (name, place) in zip(which.sources, places(which, counts), strict=True):
+        assert (name, place.shape) == (source.name, source.shape)
+        np.add(place, 1, out=place)
+    np.testing.assert_array_equal(counts, 1)
 
-        def once(name, files=files, read=read):
-            read.append(name)
-            return files[name]
 
-        join(which, once)
-        assert read == list(files)
+@pytest.mark.parametrize("shape", [(1,), (200_000,), (1000, 300), (70, 5), (3, 100_000)])
+@pytest.mark.parametrize("dtype", ["float32", "float16", ml_dtypes.bfloat16])
+def test_fill_rounds_once_whatever_the_blocks(shape, dtype):
+    tensor = NUMBERS.normal(size=shape).astype(np.float32)
+    place = np.empty(shape[::-1], dtype).T
+    fill(place, tensor)
+    np.testing.assert_array_equal(place, tensor.astype(dtype))
+
+
+@given(st.integers(0, 5000), st.integers(1, 40_000))
+def test_blocks_are_all_rows_in_order(rows, columns):
+    tensor = np.broadcast_to(np.zeros(1, np.float32), (rows, columns))
+    pieces = list(blocks(tensor))
+    assert [row for piece in pieces for row in range(rows)[piece]] == list(range(rows))
+    for piece in pieces:
+        assert tensor[piece].nbytes <= max(2**18, 64 * 4 * columns)

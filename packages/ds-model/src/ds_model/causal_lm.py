@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from ds_attention import RMSNorm, causal_mask
 from ds_model.block import DecoderBlock, MTPModule, Window
-from ds_model.checkpoint import load_into, mtp_depth_present, save
+from ds_model.checkpoint import load_into, mtp_depth_present, save, unwritten
 from ds_model.config import ModelConfig
 from ds_model.fit import training_step
 from ds_model.generate import GenerationStats, Generator
@@ -237,8 +237,9 @@ class CausalLM(keras.Model):
         """
         config = ModelConfig.from_pretrained(path)
         depth = mtp_depth_present(path, config)
-        model = cls(config.replace(num_nextn_predict_layers=depth), **kwargs)
-        load_into(model, path)
+        with unwritten() as made:
+            model = cls(config.replace(num_nextn_predict_layers=depth), **kwargs)
+        made.draw_all_but(load_into(model, path))
         return model
 
     def save_pretrained(self, path: str | Path) -> None:

@@ -1,5 +1,7 @@
 """From a released directory into a built model."""
 
+import os
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +11,9 @@ import numpy as np
 
 from ds_model.checkpoint.checking import check_layout
 from ds_model.checkpoint.layout import Entry, layout
+from ds_model.checkpoint.memory import aligned, as_tensor
 from ds_model.checkpoint.reader import TensorFiles
-from ds_model.checkpoint.transforms import Array, join
+from ds_model.checkpoint.transforms import Array, blocks, fill, places
 from ds_model.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -23,30 +26,57 @@ NUMPY_DTYPES: dict[str, np.dtype[np.generic]] = {
 }
 
 
-def load_into(model: "CausalLM", directory: Path | str) -> None:
-    """Give every variable of `model` its value from the files, each read once, file by file.
+_MOST_THREADS = 8  # more than memory can feed
+
+
+def load_into(model: "CausalLM", directory: Path | str) -> list[keras.Variable]:
+    """Give every variable of `model` its value from the files, each byte read once, file by file.
 
     Values are rounded to the variable's dtype. All names, shapes and dtypes are checked before
-    the first variable changes.
+    the first variable changes. Beside the variables this needs the memory of one variable, or,
+    for a model built `unwritten`, of one tensor a thread.
 
     Args:
         model: built as its `config` says, MTP depth included (see `mtp_depth_present`).
         directory: holds `model.safetensors`, or shards and their index.
 
+    Returns:
+        The variables that were written.
+
     Raises:
         CheckpointError: a broken file; a missing, unused or misshapen tensor; a dtype that can't
             be read; an MTP module's copy of embedding or head that differs from the main one.
     """
-    with TensorFiles(directory) as files:
+    written = []
+    with (
+        TensorFiles(directory) as files,
+        ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as threads,
+    ):
         check_layout(files, model.config)
-        order = {file: place for place, file in enumerate(dict.fromkeys(files.file_of.values()))}
-        entries = list(layout(model.config))
-        entries.sort(key=lambda entry: order[files.file_of[entry.sources[0].name]])
+        entries = sorted(layout(model.config), key=lambda entry: files.place(entry.sources[0].name))
         for entry in entries:
-            value = join(entry, files.read)
-            _check_copies(files, entry, value)
             variable = variable_at(model, entry)
-            variable.assign(value.astype(NUMPY_DTYPES[variable.dtype], copy=False))
+            _check_copies(files, entry)
+            value = _read(files, entry, NUMPY_DTYPES[variable.dtype], threads)
+            variable.assign(as_tensor(value))
+            written.append(variable)
+    return written
+
+
+def _read(
+    files: TensorFiles, entry: Entry, dtype: np.dtype[np.generic], threads: Executor
+) -> Array:
+    """The variable's value, straight from the mapped files to where it will stay."""
+
+    def copy(pair: tuple[str, Array]) -> None:
+        name, place = pair
+        with files.borrow(name) as tensor:
+            fill(place, tensor)
+
+    value = aligned(entry.shape, dtype)
+    for _ in threads.map(copy, places(entry, value)):
+        pass  # an error in a thread is raised here
+    return value
 
 
 def variable_at(model: "CausalLM", entry: Entry) -> keras.Variable:
@@ -68,12 +98,15 @@ def variable_at(model: "CausalLM", entry: Entry) -> keras.Variable:
     return place
 
 
-def _check_copies(files: TensorFiles, entry: Entry, value: Array) -> None:
-    original = value if value.shape == entry.sources[0].shape else value.T
+def _check_copies(files: TensorFiles, entry: Entry) -> None:
     for copy in entry.copies:
-        if copy.name in files.file_of and not np.array_equal(files.read(copy.name), original):
-            message = (
-                f"tensor {copy.name} differs from {entry.sources[0].name}, "
-                "which the model shares with it"
-            )
-            raise CheckpointError(message)
+        if copy.name not in files.file_of:
+            continue
+        original = files.read(entry.sources[0].name)
+        with files.borrow(copy.name) as tensor:
+            if not all(np.array_equal(tensor[rows], original[rows]) for rows in blocks(tensor)):
+                message = (
+                    f"tensor {copy.name} differs from {entry.sources[0].name}, "
+                    "which the model shares with it"
+                )
+                raise CheckpointError(message)

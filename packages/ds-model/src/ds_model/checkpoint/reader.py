@@ -1,31 +1,29 @@
 """Reading a released directory: which file holds which tensor, checked before anything is loaded.
 
-One `model.safetensors`, or shards named by `model.safetensors.index.json`. Files are memory-mapped
-by `safetensors`, which also refuses headers that lie about sizes or overlap.
+One `model.safetensors`, or shards named by `model.safetensors.index.json`.
 """
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
 from ds_model.checkpoint.layout import Shape
+from ds_model.checkpoint.mapped_file import READABLE, MappedFile
 from ds_model.errors import CheckpointError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-READABLE = ("F32", "BF16", "F16")
 _MAX_INDEX_BYTES = 64 * 2**20  # V3's own index is 9 MB; a lying one must not fill memory
 
 
 class TensorFiles:
-    """The tensors of one directory, read by name; a context manager that holds the files open.
+    """The tensors of one directory, by name; a context manager that holds the files mapped.
 
     Args:
         directory: holds `model.safetensors`, or an index and its shards.
@@ -37,12 +35,9 @@ class TensorFiles:
 
     def __init__(self, directory: Path | str) -> None:
         self._directory = check_directory(directory)
-        self._stack = ExitStack()
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, MappedFile] = {}
         self.file_of: dict[str, str] = {}
-        with self._stack:  # closes what is open when a later file turns out to be broken
-            self._open_all()
-            self._stack = self._stack.pop_all()
+        self._open_all()
 
     def __enter__(self) -> Self:
         """Return the open files."""
@@ -54,8 +49,8 @@ class TensorFiles:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close the files."""
-        self._stack.close()
+        """Let go of the files; arrays that were read stay valid, and keep theirs mapped."""
+        self._files.clear()
 
     @property
     def names(self) -> list[str]:
@@ -69,21 +64,34 @@ class TensorFiles:
 
     def shape(self, name: str) -> Shape:
         """Shape of a tensor, from the header."""
-        return tuple(self._slice(name).get_shape())
+        return self._file(name).tensors[name].shape
 
     def dtype(self, name: str) -> str:
         """Dtype of a tensor as safetensors names it, such as `BF16`, from the header."""
-        return str(self._slice(name).get_dtype())
+        return self._file(name).tensors[name].dtype
+
+    def place(self, name: str) -> tuple[int, int]:
+        """Where a tensor lies: the number of its file, and the first byte in it."""
+        return list(self._files).index(self.file_of[name]), self._file(name).tensors[name].start
 
     def read(self, name: str) -> NDArray[np.generic]:
-        """The tensor as a numpy array (BF16 as `ml_dtypes.bfloat16`).
+        """The tensor as a read-only array in the mapped file (BF16 as `ml_dtypes.bfloat16`).
 
         Raises:
             CheckpointError: a dtype other than F32, BF16 and F16.
         """
         self.check_dtype(name)
-        array: NDArray[np.generic] = self._files[self.file_of[name]].get_tensor(name)
-        return array
+        return self._file(name).read(name)
+
+    @contextmanager
+    def borrow(self, name: str) -> Iterator[NDArray[np.generic]]:
+        """What `read` gives, for one pass over it: its pages are given back afterwards.
+
+        Raises:
+            CheckpointError: a dtype other than F32, BF16 and F16.
+        """
+        yield self.read(name)
+        self._file(name).release(name)
 
     def check_dtype(self, name: str) -> None:
         """Refuse a tensor that can't be read.
@@ -97,8 +105,8 @@ class TensorFiles:
             message = f"tensor {name} has dtype {dtype}, and {', '.join(READABLE)} are read: {hint}"
             raise CheckpointError(message)
 
-    def _slice(self, name: str) -> Any:  # safetensors' slice has no public type
-        return self._files[self.file_of[name]].get_slice(name)
+    def _file(self, name: str) -> MappedFile:
+        return self._files[self.file_of[name]]
 
     def _open_all(self) -> None:
         if (self._directory / SINGLE).is_file():
@@ -118,16 +126,12 @@ class TensorFiles:
             if self.file_of.get(name) != file:
                 raise CheckpointError(f"{INDEX} places tensor {name} in {file}, which lacks it")
 
-    def _open(self, file: str) -> Iterator[str]:
+    def _open(self, file: str) -> Iterable[str]:
         path = self._directory / file
         if not path.is_file():
             raise CheckpointError(f"{INDEX} names {file}, which is not in {self._directory}")
-        try:
-            handle = self._stack.enter_context(safe_open(path, framework="numpy"))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is no readable safetensors file: {error}") from error
-        self._files[file] = handle
-        yield from handle.keys()
+        self._files[file] = MappedFile(path)
+        return self._files[file].tensors
 
 
 def check_directory(directory: Path | str) -> Path:

@@ -1,6 +1,9 @@
-"""Tensors on disk to variables and back, as numpy arrays: the layout's transforms carried out."""
+"""Tensors on disk to variables and back, as numpy arrays: the layout's transforms carried out.
 
-from collections.abc import Callable, Iterator
+Both ways go through the same views: where in a variable each tensor on disk has its place.
+"""
+
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,55 +12,54 @@ from ds_model.checkpoint.layout import Entry, Transform
 
 Array = NDArray[np.generic]
 
+_BLOCK_BYTES = 2**18  # stays in a core's cache between reading it and writing it transposed
+_BLOCK_ROWS = 64  # 64 rows of a tensor fill whole cache lines of its transpose
 
-def join(entry: Entry, read: Callable[[str], Array]) -> Array:
-    """The variable's value, in the dtype of the files; each source is read once.
+
+def places(entry: Entry, value: Array) -> Iterator[tuple[str, Array]]:
+    """Where each tensor on disk lies in the variable.
 
     Args:
         entry: which variable, and how it is made.
-        read: gives the array of a tensor name; the shape must be the entry's source shape.
+        value: array of `entry.shape`, of any dtype.
 
-    Returns:
-        Array of `entry.shape`. Experts are copied into place one at a time, so that the peak
-        is the stacked array and one expert.
+    Yields:
+        The tensor's name and a view of `value` in the tensor's own shape: to be read, or to be
+        written by `fill`.
     """
     names = [source.name for source in entry.sources]
     match entry.transform:
         case Transform.COPY:
-            return read(names[0])
+            views: Iterator[Array] = iter((value,))
         case Transform.TRANSPOSE:
-            return read(names[0]).T
+            views = iter((value.T,))
         case Transform.GATE_UP:
-            return np.concatenate([read(names[0]), read(names[1])], axis=0).T
+            views = iter(np.split(value.T, 2, axis=0))
         case Transform.EXPERTS:
-            return _stacked(entry, ((read(name).T,) for name in names))
+            views = (expert.T for expert in value)
         case Transform.EXPERTS_GATE_UP:
-            pairs = zip(names[::2], names[1::2], strict=True)
-            return _stacked(entry, ((read(gate).T, read(up).T) for gate, up in pairs))
+            views = (half for expert in value for half in np.split(expert.T, 2, axis=0))
+    yield from zip(names, views, strict=True)
+
+
+def fill(place: Array, tensor: Array) -> None:
+    """Copy a tensor into its place in one pass, rounded to the place's dtype.
+
+    Block by block: a transposed copy of the whole jumps through all of memory for each column.
+    """
+    for rows in blocks(tensor):
+        place[rows] = tensor[rows].astype(place.dtype, copy=False)
+
+
+def blocks(tensor: Array) -> Iterator[slice]:
+    """The rows of a tensor in pieces that a core's cache holds."""
+    row_bytes = tensor.nbytes // max(1, len(tensor))
+    step = max(_BLOCK_ROWS, _BLOCK_BYTES // max(1, row_bytes))
+    for first in range(0, len(tensor), step):
+        yield slice(first, first + step)
 
 
 def split(entry: Entry, value: Array) -> Iterator[tuple[str, Array]]:
-    """The tensors on disk that `value` becomes: the inverse of `join`, contiguous, same dtype."""
-    names = [source.name for source in entry.sources]
-    match entry.transform:
-        case Transform.COPY:
-            arrays: Iterator[Array] = iter((value,))
-        case Transform.TRANSPOSE:
-            arrays = iter((value.T,))
-        case Transform.GATE_UP:
-            arrays = iter(np.split(value.T, 2, axis=0))
-        case Transform.EXPERTS:
-            arrays = (expert.T for expert in value)
-        case Transform.EXPERTS_GATE_UP:
-            arrays = (half for expert in value for half in np.split(expert.T, 2, axis=0))
-    for name, array in zip(names, arrays, strict=True):
-        yield name, np.ascontiguousarray(array)
-
-
-def _stacked(entry: Entry, experts: Iterator[tuple[Array, ...]]) -> Array:
-    first = next(experts)
-    stack = np.empty(entry.shape, first[0].dtype)
-    np.concatenate(first, axis=1, out=stack[0])
-    for index, expert in enumerate(experts, start=1):
-        np.concatenate(expert, axis=1, out=stack[index], casting="unsafe")
-    return stack
+    """The tensors on disk that `value` becomes: contiguous, same dtype."""
+    for name, place in places(entry, value):
+        yield name, np.ascontiguousarray(place)
