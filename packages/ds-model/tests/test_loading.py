@@ -1,6 +1,8 @@
 """Every tensor arrives in its variable, whatever its dtype and shard."""
 
 import json
+import tracemalloc
+from collections import Counter
 
 import keras
 import ml_dtypes
@@ -13,6 +15,7 @@ from safetensors.numpy import save_file
 from ds_model import CausalLM, CheckpointError
 from ds_model.checkpoint.layout import layout
 from ds_model.checkpoint.loading import load_into, variable_at
+from ds_model.checkpoint.mapped_file import MappedFile
 from ds_model.checkpoint.reader import INDEX, SINGLE
 from ds_model.config import ModelConfig
 
@@ -133,6 +136,37 @@ def test_a_tied_head_must_equal_the_embedding(tmp_path):
     save_file(tensors | {"lm_head.weight": head}, tmp_path / SINGLE)
     with pytest.raises(CheckpointError, match=r"lm_head.weight differs"):
         CausalLM.from_pretrained(tmp_path)
+
+
+def test_each_tensor_is_read_once(directory, monkeypatch):
+    reads = Counter()
+    read = MappedFile.read
+
+    def counted(file, name):
+        reads[name] += 1
+        return read(file, name)
+
+    monkeypatch.setattr(MappedFile, "read", counted)
+    CausalLM.from_pretrained(directory)
+    assert reads == dict.fromkeys(weights(RELEASED), 1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loading_and_saving_hold_no_second_model(tmp_path, dtype):
+    config = ModelConfig.preset("tiny").replace(vocab_size=40_000)
+    CausalLM(config).save_pretrained(tmp_path / "one")
+    tracemalloc.start()
+    model = CausalLM.from_pretrained(tmp_path / "one", dtype=dtype)
+    _, peak = tracemalloc.get_traced_memory()
+    nbytes = sum(np.asarray(variable.value).nbytes for variable in model.variables)
+    tracemalloc.reset_peak()
+    before, _ = tracemalloc.get_traced_memory()
+    model.save_pretrained(tmp_path / "two")
+    _, after = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert nbytes > 10_000_000
+    assert nbytes < peak < 1.2 * nbytes + 4_000_000  # numpy's arrays, and Keras' objects
+    assert after - before < 2_000_000
 
 
 class Adapted(CausalLM):

@@ -4,15 +4,20 @@ import json
 import resource
 from contextlib import contextmanager
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from ds_model.checkpoint.mapped_file import READABLE, MappedFile
 from ds_model.checkpoint.reader import INDEX, SINGLE, TensorFiles
 from ds_model.checkpoint.writer import TensorWriter
 from ds_model.errors import CheckpointError
+
+DTYPES = [np.dtype(dtype) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16)]
+NUMBERS = np.random.default_rng(0)
 
 
 def write(directory, arrays, limit=10**9):
@@ -56,6 +61,33 @@ def test_what_is_written_is_read(sizes, limit, tmp_path_factory):
         with safe_open(file, "numpy") as opened:
             held = [opened.get_tensor(name).nbytes for name in opened.keys()]  # noqa: SIM118
         assert sum(held) <= limit or len([size for size in held if size]) == 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    kinds=st.lists(
+        st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES), st.booleans()),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_tensors_are_stored_rounded_and_aligned_whatever_their_strides(kinds, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("w")
+    expected = {}
+    with TensorWriter(directory) as writer:
+        for i, (own, dtype, transposed) in enumerate(kinds):
+            array = NUMBERS.normal(size=(3, 5)).astype(own)
+            array = array.T if transposed else array
+            writer.add(f"t{i}", array, dtype)
+            expected[f"t{i}"] = array.astype(dtype)
+        writer.finish()
+    with safe_open(directory / SINGLE, "numpy") as opened:
+        for name, array in expected.items():
+            found = opened.get_tensor(name)
+            assert found.dtype == array.dtype
+            np.testing.assert_array_equal(found, array)
+    for stored in MappedFile(directory / SINGLE).tensors.values():
+        assert stored.start % READABLE[stored.dtype].itemsize == 0
 
 
 def test_shards_and_index_have_the_released_names(tmp_path):

@@ -13,7 +13,7 @@ import keras
 from ds_model.checkpoint import atomic
 from ds_model.checkpoint.checking import check_layout, present_depth
 from ds_model.checkpoint.reader import INDEX, TensorFiles, check_directory, read_json
-from ds_model.checkpoint.saving import DTypeName, cast, save
+from ds_model.checkpoint.saving import DTypeName, save, stored_dtype
 from ds_model.checkpoint.writer import MAX_SHARD_BYTES, TensorWriter
 from ds_model.config import ModelConfig
 from ds_model.errors import CheckpointError
@@ -42,7 +42,7 @@ def to_hf(
         source: the directory or the `.keras` file.
         target: must not exist, or be an empty directory.
         dtype: of the tensors; `None` keeps them. The router's bias is kept in any case.
-        max_shard_bytes: above it, shards with an index; this much is held in memory.
+        max_shard_bytes: above it, shards with an index.
         progress: told how far it is.
 
     Raises:
@@ -57,13 +57,17 @@ def to_hf(
             return
         config = ModelConfig.from_pretrained(check_directory(source))
         stage.mkdir()
-        with TensorFiles(source) as files, TensorWriter(stage, max_shard_bytes) as writer:
+        with (
+            TensorFiles(source) as files,
+            TensorWriter(
+                stage, max_shard_bytes, lambda done: progress(done, len(files.names))
+            ) as writer,
+        ):
             depth = present_depth(files, config)
             check_layout(files, config.replace(num_nextn_predict_layers=depth))
             _check_room(files.nbytes, stage)
-            for done, name in enumerate(files.names, start=1):
-                writer.add(name, cast(name, files.read(name), dtype))
-                progress(done, len(files.names))
+            for name in files.names:
+                writer.add(name, files.read(name), stored_dtype(name, dtype))
             writer.finish()
         _copy_companions(source, stage)
         values = read_json(source / "config.json")

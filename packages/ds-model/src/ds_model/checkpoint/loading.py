@@ -2,6 +2,7 @@
 
 import os
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from ds_model.checkpoint.checking import check_layout
 from ds_model.checkpoint.layout import Entry, layout
 from ds_model.checkpoint.memory import aligned, as_tensor
 from ds_model.checkpoint.reader import TensorFiles
-from ds_model.checkpoint.transforms import Array, blocks, fill, places
+from ds_model.checkpoint.transforms import Array, blocks, places
 from ds_model.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -56,7 +57,6 @@ def load_into(model: "CausalLM", directory: Path | str) -> list[keras.Variable]:
         entries = sorted(layout(model.config), key=lambda entry: files.place(entry.sources[0].name))
         for entry in entries:
             variable = variable_at(model, entry)
-            _check_copies(files, entry)
             value = _read(files, entry, NUMPY_DTYPES[variable.dtype], threads)
             variable.assign(as_tensor(value))
             written.append(variable)
@@ -67,11 +67,20 @@ def _read(
     files: TensorFiles, entry: Entry, dtype: np.dtype[np.generic], threads: Executor
 ) -> Array:
     """The variable's value, straight from the mapped files to where it will stay."""
+    copies = [copy.name for copy in entry.copies if copy.name in files.file_of]
 
     def copy(pair: tuple[str, Array]) -> None:
         name, place = pair
-        with files.borrow(name) as tensor:
-            fill(place, tensor)
+        with files.borrow(name) as tensor, ExitStack() as stack:
+            twins = [(twin, stack.enter_context(files.borrow(twin))) for twin in copies]
+            for rows in blocks(tensor):
+                place[rows] = tensor[rows].astype(dtype, copy=False)
+                for twin, array in twins:
+                    if not np.array_equal(array[rows], tensor[rows]):
+                        message = (
+                            f"tensor {twin} differs from {name}, which the model shares with it"
+                        )
+                        raise CheckpointError(message)
 
     value = aligned(entry.shape, dtype)
     for _ in threads.map(copy, places(entry, value)):
@@ -96,17 +105,3 @@ def variable_at(model: "CausalLM", entry: Entry) -> keras.Variable:
         message = f"variable {entry.path} is {shape}, and the layout has {list(entry.shape)}"
         raise CheckpointError(message)
     return place
-
-
-def _check_copies(files: TensorFiles, entry: Entry) -> None:
-    for copy in entry.copies:
-        if copy.name not in files.file_of:
-            continue
-        original = files.read(entry.sources[0].name)
-        with files.borrow(copy.name) as tensor:
-            if not all(np.array_equal(tensor[rows], original[rows]) for rows in blocks(tensor)):
-                message = (
-                    f"tensor {copy.name} differs from {entry.sources[0].name}, "
-                    "which the model shares with it"
-                )
-                raise CheckpointError(message)

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import tensorflow as tf
 
 from ds_model.checkpoint import atomic
 from ds_model.checkpoint.layout import empty_tensors, layout
 from ds_model.checkpoint.loading import NUMPY_DTYPES, variable_at
-from ds_model.checkpoint.transforms import Array, split
+from ds_model.checkpoint.transforms import places
 from ds_model.checkpoint.writer import MAX_SHARD_BYTES, TensorWriter
 from ds_model.config import ModelConfig
 from ds_model.errors import CheckpointError
@@ -43,14 +44,12 @@ def save(
     directory = Path(directory)
     with TensorWriter(directory, max_shard_bytes) as writer:
         for entry in layout(model.config):
-            value = np.asarray(variable_at(model, entry))
-            first = None
-            for name, array in split(entry, value):
-                first = cast(name, array, dtype)
-                writer.add(name, first)
+            value = np.asarray(tf.convert_to_tensor(variable_at(model, entry)))  # no copy
+            for name, place in places(entry, value):
+                writer.add(name, place, stored_dtype(name, dtype))
             for copy in entry.copies:
-                if copy.name != "lm_head.weight" and first is not None:
-                    writer.add(copy.name, first)
+                if copy.name != "lm_head.weight":
+                    writer.add(copy.name, place, stored_dtype(copy.name, dtype))
         stored = NUMPY_DTYPES[dtype or model.embed_tokens.embeddings.dtype]
         for tensor in empty_tensors(model.config):
             writer.add(tensor.name, np.empty(tensor.shape, stored))
@@ -58,19 +57,9 @@ def save(
     write_config(model.config, directory, stored.name)
 
 
-def cast(name: str, array: Array, dtype: DTypeName | None) -> Array:
-    """The array in the dtype to be stored; the router's bias stays as it is.
-
-    Raises:
-        CheckpointError: a finite value becomes infinite (float16 ends at 65504).
-    """
-    if dtype is None or name.endswith(KEPT_FLOAT32):
-        return array
-    with np.errstate(over="ignore"):
-        stored = array.astype(NUMPY_DTYPES[dtype], copy=False)
-    if dtype == "float16" and np.isinf(stored).any() and not np.isinf(array).any():
-        raise CheckpointError(f"tensor {name} holds values beyond float16's 65504: use bfloat16")
-    return stored
+def stored_dtype(name: str, dtype: DTypeName | None) -> np.dtype[np.generic] | None:
+    """The dtype that a tensor is to be stored in; `None`, and the router's bias, keep theirs."""
+    return None if dtype is None or name.endswith(KEPT_FLOAT32) else NUMPY_DTYPES[dtype]
 
 
 def write_config(config: ModelConfig, directory: Path, dtype: str) -> None:

@@ -24,8 +24,7 @@ def places(entry: Entry, value: Array) -> Iterator[tuple[str, Array]]:
         value: array of `entry.shape`, of any dtype.
 
     Yields:
-        The tensor's name and a view of `value` in the tensor's own shape: to be read, or to be
-        written by `fill`.
+        The tensor's name and a view of `value` in the tensor's own shape, to read or to write.
     """
     names = [source.name for source in entry.sources]
     match entry.transform:
@@ -42,24 +41,13 @@ def places(entry: Entry, value: Array) -> Iterator[tuple[str, Array]]:
     yield from zip(names, views, strict=True)
 
 
-def fill(place: Array, tensor: Array) -> None:
-    """Copy a tensor into its place in one pass, rounded to the place's dtype.
-
-    Block by block: a transposed copy of the whole jumps through all of memory for each column.
-    """
-    for rows in blocks(tensor):
-        place[rows] = tensor[rows].astype(place.dtype, copy=False)
-
-
 def blocks(tensor: Array) -> Iterator[slice]:
-    """The rows of a tensor in pieces that a core's cache holds."""
+    """The rows of a tensor in pieces, for one pass over it.
+
+    Each fits a core's cache: a transposed copy of the whole jumps through all of memory for each
+    column, and takes three times as long.
+    """
     row_bytes = tensor.nbytes // max(1, len(tensor))
     step = max(_BLOCK_ROWS, _BLOCK_BYTES // max(1, row_bytes))
     for first in range(0, len(tensor), step):
         yield slice(first, first + step)
-
-
-def split(entry: Entry, value: Array) -> Iterator[tuple[str, Array]]:
-    """The tensors on disk that `value` becomes: contiguous, same dtype."""
-    for name, place in places(entry, value):
-        yield name, np.ascontiguousarray(place)

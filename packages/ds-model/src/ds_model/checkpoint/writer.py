@@ -1,44 +1,61 @@
 """Writing a released directory: safetensors in shards, an index, and never half a file."""
 
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
-from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from ds_model.checkpoint import atomic
+from ds_model.checkpoint.mapped_file import READABLE
 from ds_model.checkpoint.reader import INDEX, SINGLE
+from ds_model.checkpoint.transforms import Array, blocks
 from ds_model.errors import CheckpointError
 
 MAX_SHARD_BYTES = 5 * 10**9
+_NAME_OF = {dtype: name for name, dtype in READABLE.items()}
+
+
+class _Pending(NamedTuple):
+    array: Array
+    dtype: np.dtype[np.generic]  # to be stored, not the array's
+
+    @property
+    def nbytes(self) -> int:
+        return self.array.size * self.dtype.itemsize
 
 
 class TensorWriter:
     """Collects tensors into shards; nothing has its final name before `finish`.
 
     A context manager: leaving it without `finish`, by an error too, removes what was written.
-    Holds one shard in memory.
+    Copies no tensor whole: numbers are rounded on their way to the file, some rows at a time.
 
     Args:
         directory: where to write; made if missing.
         max_shard_bytes: a shard closes before it would pass this; one larger tensor is a
             shard of its own.
+        progress: called after each tensor with the number of those written.
 
     Raises:
         CheckpointError: the directory can't be made.
     """
 
-    def __init__(self, directory: Path | str, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    def __init__(
+        self,
+        directory: Path | str,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+        progress: Callable[[int], None] = lambda done: None,  # noqa: ARG005 - named for the reader
+    ) -> None:
         self._directory = Path(directory)
         self._limit = max_shard_bytes
-        self._pending: dict[str, NDArray[np.generic]] = {}
+        self._progress = progress
+        self._pending: dict[str, _Pending] = {}
         self._drafts: list[Path] = []
         self._shard_of: dict[str, int] = {}
-        self._held = self._total = 0
+        self._held = self._total = self._written = 0
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -58,18 +75,25 @@ class TensorWriter:
         for draft in self._drafts:
             draft.unlink(missing_ok=True)
 
-    def add(self, name: str, array: NDArray[np.generic]) -> None:
-        """Take one contiguous tensor; writes a shard when the next one is full.
+    def add(self, name: str, array: Array, dtype: np.dtype[np.generic] | None = None) -> None:
+        """Take one tensor; writes a shard when this one does not fit into it any more.
+
+        Args:
+            name: of the tensor.
+            array: not copied, and read when its shard is written: leave it as it is till then.
+            dtype: float32, bfloat16 or float16, to be stored; `None` is the array's own.
 
         Raises:
-            CheckpointError: the disk is full or not writable.
+            CheckpointError: the disk is full or not writable; a finite value that becomes
+                infinite (float16 ends at 65504).
         """
-        if self._pending and self._held + array.nbytes > self._limit:
+        tensor = _Pending(array, dtype or array.dtype)
+        if self._pending and self._held + tensor.nbytes > self._limit:
             self._write_shard()
-        self._pending[name] = array
-        self._held += array.nbytes
+        self._pending[name] = tensor
+        self._held += tensor.nbytes
         self._shard_of[name] = len(self._drafts)
-        self._total += array.nbytes
+        self._total += tensor.nbytes
 
     def finish(self) -> None:
         """Write the last shard and the index, then give every file its final name.
@@ -79,7 +103,7 @@ class TensorWriter:
         which readers report as a directory without weights. It never reads as a mixture.
 
         Raises:
-            CheckpointError: the disk is full or not writable.
+            CheckpointError: as for `add`.
         """
         self._write_shard()
         count = len(self._drafts)
@@ -108,11 +132,41 @@ class TensorWriter:
     def _write_shard(self) -> None:
         draft = atomic.partial(self._directory / f"model-{len(self._drafts) + 1:05d}.safetensors")
         self._drafts.append(draft)
+        # Larger numbers first, so that each tensor lies at a multiple of its numbers' size.
+        order = sorted(self._pending.items(), key=lambda item: -item[1].dtype.itemsize)
         try:
-            draft.touch()
-            mode = draft.stat().st_mode
-            save_file(self._pending, draft, metadata={"format": "pt"})
-            draft.chmod(mode)  # safetensors makes files that only their owner can read
-        except (SafetensorError, OSError) as error:
+            with draft.open("wb") as file:
+                file.write(_header(order))
+                for name, tensor in order:
+                    for rows in blocks(tensor.array):
+                        block = _rounded(name, tensor.array[rows], tensor.dtype)
+                        np.ascontiguousarray(block).tofile(file)
+                    self._written += 1
+                    self._progress(self._written)
+        except OSError as error:
             raise CheckpointError(f"{draft} can't be written: {error}") from error
         self._pending, self._held = {}, 0
+
+
+def _header(tensors: Iterable[tuple[str, _Pending]]) -> bytes:
+    """What stands before the data, as the format's description has it."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors:
+        start, end = end, end + tensor.nbytes
+        entries[name] = {
+            "dtype": _NAME_OF[tensor.dtype],
+            "shape": tensor.array.shape,
+            "data_offsets": (start, end),
+        }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _rounded(name: str, block: Array, dtype: np.dtype[np.generic]) -> Array:
+    with np.errstate(over="ignore"):
+        stored = block.astype(dtype, copy=False)
+    if dtype == np.float16 and np.isinf(stored).any() and not np.isinf(block).any():
+        raise CheckpointError(f"tensor {name} holds values beyond float16's 65504: use bfloat16")
+    return stored
