@@ -175,12 +175,13 @@ def gpu(session: nox.Session, package: str) -> None:
     session.run("pytest", "-q", "-m", "gpu", *session.posargs, success_codes=[0, none_marked])
 
 
-@nox.session(venv_backend="venv")
+@nox.session
 def bench(session: nox.Session) -> None:
-    """Time training, prefill and decode beside transformers; writes docs/benchmarks.md."""
-    install_peer(session)
-    install_wheels(session, "ds-model", "ds-train")
-    session.run("python", "tools/bench.py", *session.posargs, env=QUIET)
+    """Time us beside the peers; `-- --full` for all of them, `-- --guard` for none."""
+    install_wheels(session, "ds-model", "ds-train[plot]")
+    # Each peer gets an environment of its own beside this session's, and keeps it.
+    peers = str(Path(session.virtualenv.location).parent)
+    session.run("python", "-m", "bench", "--environments", peers, *session.posargs, env=QUIET)
 
 
 @nox.session

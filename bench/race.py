@@ -1,0 +1,63 @@
+"""Runs of one task in turn: us and a peer, one right after the other, pair by pair."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+from bench.load import OtherLoad, session_seconds
+from bench.process import Process
+from bench.ratios import pair_order
+
+SETTLE = 0.3  # seconds between runs: some pools spin that long after their work
+
+
+class Race:
+    """The runs of one task, with what others did meanwhile.
+
+    Args:
+        workers: by name, all prepared for the task.
+        first: whom the others are paired with.
+        able: those that take part; without `first`, the others run alone.
+
+    Attributes:
+        runs: each system's tokens a second, run by run.
+        pairs: for each peer, the speeds of `first` and of the peer, pair by pair.
+        others: what strangers took of the processors.
+    """
+
+    def __init__(self, workers: Mapping[str, Process], first: str, able: Sequence[str]) -> None:
+        self._workers, self._first = workers, first
+        self._alone = [] if first in able and len(able) > 1 else list(able)
+        self._peers = [] if self._alone else [name for name in able if name != first]
+        self.runs: dict[str, list[float]] = {name: [] for name in able}
+        self.pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in self._peers}
+        self.others = OtherLoad(process.session for process in workers.values())
+        self._start, self._idle = time.monotonic(), 0.0
+
+    def round(self, index: int) -> None:
+        """Do one pair with each peer, or one run each where there is nobody to pair with."""
+        for name in self._alone:
+            self._run(name)
+        for peer, we_first in pair_order(index, self._peers):
+            if we_first:
+                ours = self._run(self._first)
+                theirs = self._run(peer)
+            else:
+                theirs = self._run(peer)
+                ours = self._run(self._first)
+            self.pairs[peer].append((ours, theirs))
+
+    def idle_share(self) -> float:
+        """Return what the waiting workers took, as a share of one processor."""
+        return round(self._idle / (time.monotonic() - self._start), 3)
+
+    def _run(self, name: str) -> float:
+        resting = [process.session for other, process in self._workers.items() if other != name]
+        before = session_seconds(resting)
+        seconds, tokens = self._workers[name].ask("run")
+        self._idle += session_seconds(resting) - before
+        speed = float(tokens / seconds)
+        self.runs[name].append(speed)
+        time.sleep(SETTLE)
+        return speed
