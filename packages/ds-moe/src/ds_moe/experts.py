@@ -1,9 +1,10 @@
 """Sending tokens to their experts and summing what comes back, without dropping any.
 
-Two programs for one sum, `y_t = sum_k gate_tk * FFN_{e_tk}(x_t)`:
+Three programs for one sum, `y_t = sum_k gate_tk * FFN_{e_tk}(x_t)`:
 
+- `ds_precision.fused_experts`, one compiled operation: what runs on a CPU with a compiler.
 - `sorted_experts` sorts the assignments by expert and does one product per expert on just
-  its rows. Fastest in graph mode (oneDNN); row counts are data, so XLA can't compile it.
+  its rows. For graph mode; row counts are data, so XLA can't compile it.
 - `blocked_experts` pads each expert's rows to whole blocks, so that every shape is known
   beforehand. This is what runs under `jit_compile=True`.
 
@@ -14,10 +15,8 @@ A = T*K assignments, N blocks, M rows of a block.
 from __future__ import annotations
 
 import tensorflow as tf
-from tensorflow.python.framework import ops
-from tensorflow.python.ops import control_flow_util
 
-from ds_precision import matmul
+from ds_precision import fused_experts, matmul, traced_for_xla, use_kernels
 
 LARGEST_BLOCK = 128
 
@@ -37,20 +36,16 @@ def run_experts(
         x: `[T, D]`, floating.
         indices: `[T, K]` int32.
         gates: `[T, K]`, floating.
-        gate_up: `[E, D, 2I]`, gate first.
-        down: `[E, I, D]`.
+        gate_up: `[E, D, 2I]`, gate first; of any float type.
+        down: `[E, I, D]`, of the type of `gate_up`.
 
     Returns:
         `[T, D]` in the type of `x`.
     """
-    run = blocked_experts if _traced_for_xla() else sorted_experts
-    return run(x, indices, gates, gate_up, down)
-
-
-def _traced_for_xla() -> bool:
-    # TensorFlow has no public way to ask this; `tf.function(jit_compile=True)` traces inside
-    # an XLA control-flow context (OptionalXlaContext in polymorphic_function.py).
-    return control_flow_util.GraphOrParentsInXlaContext(ops.get_default_graph())
+    if use_kernels(x, gate_up, down):
+        return fused_experts(x, indices, gates, gate_up, down)
+    run = blocked_experts if traced_for_xla() else sorted_experts
+    return run(x, indices, gates, tf.cast(gate_up, x.dtype), tf.cast(down, x.dtype))
 
 
 def sorted_experts(

@@ -58,11 +58,13 @@ class MixtureOfExperts(keras.layers.Layer):
             name="gate_up_proj",
             shape=(c.n_routed_experts, c.hidden_size, 2 * c.moe_intermediate_size),
             initializer=normal(stddev=c.initializer_range),
+            autocast=False,  # read in their own type
         )
         self.down_proj = self.add_weight(
             name="down_proj",
             shape=(c.n_routed_experts, c.moe_intermediate_size, c.hidden_size),
             initializer=normal(stddev=c.initializer_range),
+            autocast=False,  # read in their own type
         )
 
     def call(self, x: tf.Tensor, token_mask: tf.Tensor | None = None) -> tuple[tf.Tensor, Routing]:
@@ -78,11 +80,14 @@ class MixtureOfExperts(keras.layers.Layer):
         x_TD = tf.reshape(x, [-1, self.config.hidden_size])
         mask_T = None if token_mask is None else tf.reshape(token_mask, [-1])
         routing = self.gate(x_TD, mask_T)
-        gate_up = tf.cast(tf.convert_to_tensor(self.gate_up_proj), x.dtype)
-        down = tf.cast(tf.convert_to_tensor(self.down_proj), x.dtype)
-        y = tf.reshape(
-            run_experts(x_TD, routing.indices, routing.gates, gate_up, down), tf.shape(x)
+        y = run_experts(
+            x_TD,
+            routing.indices,
+            routing.gates,
+            tf.convert_to_tensor(self.gate_up_proj),
+            tf.convert_to_tensor(self.down_proj),
         )
+        y = tf.reshape(y, tf.shape(x))
         if self.shared_experts is not None:
             y += self.shared_experts(x)
         return tf.ensure_shape(y, x.shape), routing

@@ -8,7 +8,7 @@ import keras
 import tensorflow as tf
 
 from ds_moe.experts import swiglu
-from ds_precision import Linear
+from ds_precision import Linear, fused_experts, use_kernels
 
 
 @keras.saving.register_keras_serializable(package="ds_moe")
@@ -53,7 +53,18 @@ class SwiGLU(keras.layers.Layer):
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """Map `[..., hidden_size]` to the same shape."""
-        return self.down_proj(swiglu(self.gate_up_proj(x)))
+        gate_up, down = self.gate_up_proj.kernel, self.down_proj.kernel
+        if not use_kernels(x, gate_up, down):
+            return self.down_proj(swiglu(self.gate_up_proj(x)))
+        # One expert that every token chooses.
+        tokens = tf.reduce_prod(tf.shape(x)[:-1])
+        return fused_experts(
+            x,
+            tf.zeros([tokens, 1], tf.int32),
+            tf.ones([tokens, 1]),
+            tf.convert_to_tensor(gate_up)[None],
+            tf.convert_to_tensor(down)[None],
+        )
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         """Return the input's shape."""

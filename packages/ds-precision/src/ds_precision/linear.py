@@ -12,6 +12,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from ds_precision.products import fast_matmul, use_kernels
+
 
 def matmul(x: tf.Tensor, kernel: Any) -> tf.Tensor:
     """Multiply the last axis of `x` by a weight matrix.
@@ -26,7 +28,10 @@ def matmul(x: tf.Tensor, kernel: Any) -> tf.Tensor:
     Returns:
         `[..., out]` in the type of `x`.
     """
-    kernel = tf.cast(tf.convert_to_tensor(kernel), x.dtype)
+    kernel = tf.convert_to_tensor(kernel)
+    if use_kernels(x, kernel):
+        return fast_matmul(x, kernel)
+    kernel = tf.cast(kernel, x.dtype)
     if x.shape.rank == 2:
         return tf.matmul(x, kernel)
     inner, outer = kernel.shape
@@ -60,6 +65,7 @@ class Linear(keras.layers.Layer):
             name="kernel",
             shape=(input_shape[-1], self.units),
             initializer=keras.initializers.RandomNormal(stddev=self.initializer_range),
+            autocast=False,  # `matmul` reads it in its own type
         )
         self.bias = (
             self.add_weight(name="bias", shape=(self.units,), initializer="zeros")

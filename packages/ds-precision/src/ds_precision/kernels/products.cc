@@ -1,0 +1,1051 @@
+// Matrix products that stock TensorFlow has no fast kernel for: few rows against many weights,
+// and groups of rows against stacked experts, forward and backward.
+//
+// One algorithm, in float32 registers whatever the tensors hold (float32, bfloat16, or 8-bit
+// weights with scales): a tile of up to 14 rows by 32 columns is accumulated over the whole
+// inner size. Weights are first copied, 32 columns at a time, into a panel that stays in the
+// cache; for a handful of rows that copy would cost more than it saves, and the weights are
+// read where they lie. Products of bfloat16 are exact in float32, so nothing is lost.
+//
+// Results do not depend on the number of threads: each output is summed by one thread, in the
+// order of the experts.
+//
+// Letters: T tokens, D hidden_size, I moe_intermediate_size, E experts, K experts a token,
+// A = T*K assignments.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "tensorflow/c/kernels.h"
+#include "tensorflow/c/ops.h"
+
+namespace {
+
+// ---------------------------------------------------------------- sixteen numbers at a time
+
+// Compilers turn these into one AVX-512 register, two AVX2 ones or four of NEON.
+typedef float Vec __attribute__((vector_size(64)));
+typedef float LooseVec __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t IntVec __attribute__((vector_size(64)));
+typedef uint32_t BitVec __attribute__((vector_size(64)));
+typedef uint16_t Loose16 __attribute__((vector_size(32), aligned(2), may_alias));
+typedef int8_t Loose8 __attribute__((vector_size(16), aligned(1), may_alias));
+
+constexpr int kLanes = 16;
+#ifdef __AVX512F__
+constexpr int kTileRows = 14;  // 28 of 32 registers hold sums
+#else
+constexpr int kTileRows = 3;
+#endif
+constexpr int kPanel = 2 * kLanes;  // columns of a tile
+constexpr int64_t kPanels = 8;       // panels packed together
+constexpr int kThinRows = 8;        // up to here weights are read where they lie
+constexpr int kRowBlock = 252;      // rows that share a packed panel
+constexpr int kScaleRows = 32;      // rows of an 8-bit weight under one scale
+
+// `kRounded` is float32 in memory and bfloat16 in the product.
+enum class Type { kFloat, kBfloat16, kInt8, kRounded };
+
+constexpr int64_t size_of(Type type) {
+  return type == Type::kBfloat16 ? 2 : type == Type::kInt8 ? 1 : 4;
+}
+
+// The bits of the nearest bfloat16, ties to even, in the upper halves; NaN stays NaN.
+inline auto nearest_bfloat16(Vec value) {
+  const BitVec bits = (BitVec)value;
+  const BitVec nan = (BitVec)(value != value);
+  const BitVec near = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000;
+  return (near & ~nan) | (nan & 0x7fc00000);
+}
+
+template <Type type>
+inline Vec load(const char* from) {
+  if constexpr (type == Type::kFloat) return *reinterpret_cast<const LooseVec*>(from);
+  if constexpr (type == Type::kRounded) {
+    return (Vec)nearest_bfloat16(*reinterpret_cast<const LooseVec*>(from));
+  }
+  if constexpr (type == Type::kBfloat16) {
+    return (Vec)(__builtin_convertvector(*reinterpret_cast<const Loose16*>(from), BitVec) << 16);
+  }
+  if constexpr (type == Type::kInt8) {
+    return __builtin_convertvector(
+        __builtin_convertvector(*reinterpret_cast<const Loose8*>(from), IntVec), Vec);
+  }
+}
+
+inline Vec load(Type type, const char* from, int count = kLanes) {
+  alignas(64) char whole[64];
+  if (count < kLanes) {
+    std::memset(whole, 0, sizeof(whole));
+    std::memcpy(whole, from, count * size_of(type));
+    from = whole;
+  }
+  switch (type) {
+    case Type::kFloat: return load<Type::kFloat>(from);
+    case Type::kBfloat16: return load<Type::kBfloat16>(from);
+    case Type::kRounded: return load<Type::kRounded>(from);
+    default: return load<Type::kInt8>(from);
+  }
+}
+
+inline void store(Type type, char* to, Vec value, int count = kLanes) {
+  if (type == Type::kFloat) {
+    if (count == kLanes) *reinterpret_cast<LooseVec*>(to) = value;
+    else std::memcpy(to, &value, count * 4);
+  } else {
+    const Loose16 small = __builtin_convertvector(nearest_bfloat16(value) >> 16, Loose16);
+    std::memcpy(to, &small, count * 2);
+  }
+}
+
+inline Vec spread(float value) { return value - Vec{}; }
+
+// e^x to 2 units in the last place; arguments outside float32's range end at its limits.
+inline Vec exponential(Vec x) {
+  x = x > 88.f ? spread(88.f) : x;
+  x = x < -87.f ? spread(-87.f) : x;
+  const Vec shifted = x * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the sum's low bits are round(x)
+  const Vec whole = shifted - 12582912.f;
+  Vec r = x - whole * 0.693359375f;
+  r = r + whole * 2.12194440e-4f;
+  Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.f;
+  const BitVec power = ((BitVec)shifted + 127u) << 23;
+  return p * (Vec)power;
+}
+
+inline Vec sigmoid(Vec x) { return 1.f / (1.f + exponential(-x)); }
+
+inline float sum(Vec value) {
+  float total = 0;
+  for (int i = 0; i < kLanes; i++) total += value[i];
+  return total;
+}
+
+// ---------------------------------------------------------------- threads
+
+// TensorFlow's own pool takes as long to wake as a small product to compute. These threads
+// watch for work for some microseconds before they sleep.
+class Threads {
+ public:
+  static Threads& shared() {
+    static Threads* threads = new Threads;  // lives as long as the process
+    return *threads;
+  }
+
+  void resize(int count) {
+    std::lock_guard<std::mutex> busy(running_);
+    for (; started_ < count - 1; started_++) std::thread([this] { work(); }).detach();
+    allowed_ = count;
+  }
+
+  int count() const { return allowed_; }
+
+  // Calls `task(0)` to `task(count - 1)`, in any order, on all threads.
+  void run(int64_t count, const std::function<void(int64_t)>& task) {
+    std::unique_lock<std::mutex> busy(running_, std::try_to_lock);
+    if (count < 2 || allowed_ < 2 || !busy.owns_lock()) {
+      for (int64_t i = 0; i < count; i++) task(i);
+      return;
+    }
+    task_ = &task;
+    count_ = count;
+    next_ = 0;
+    open_ = true;
+    round_++;
+    if (sleeping_) {
+      std::lock_guard<std::mutex> lock(sleep_);
+      wake_.notify_all();
+    }
+    take();
+    open_ = false;
+    while (active_) pause();
+  }
+
+ private:
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+
+  void take() {
+    for (int64_t i = next_++; i < count_; i = next_++) (*task_)(i);
+  }
+
+  void work() {
+    uint64_t seen = 0;
+    while (true) {
+      for (int spin = 0; spin < kSpins && round_ == seen; spin++) pause();
+      if (round_ == seen) {
+        std::unique_lock<std::mutex> lock(sleep_);
+        sleeping_++;
+        wake_.wait(lock, [&] { return round_ != seen; });
+        sleeping_--;
+      }
+      seen = round_;
+      active_++;
+      if (open_) take();  // checked after `active_` is up, so `run` can't return meanwhile
+      active_--;
+    }
+  }
+
+  static constexpr int kSpins = 2000;  // some 100 microseconds
+  std::mutex running_, sleep_;
+  std::condition_variable wake_;
+  std::atomic<uint64_t> round_{0};
+  std::atomic<int64_t> next_{0};
+  std::atomic<int> active_{0}, sleeping_{0};
+  std::atomic<bool> open_{false};
+  const std::function<void(int64_t)>* task_ = nullptr;
+  int64_t count_ = 0;
+  int started_ = 0, allowed_ = 1;
+};
+
+// A thread's own buffers; they grow to the largest size asked for.
+float* scratch(int which, int64_t count) {
+  struct Free { void operator()(float* p) const { std::free(p); } };
+  thread_local std::unique_ptr<float, Free> buffers[2];
+  thread_local int64_t sizes[2] = {0, 0};
+  if (sizes[which] < count) {
+    const int64_t bytes = (count * 4 + 63) / 64 * 64;
+    buffers[which].reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
+    sizes[which] = count;
+  }
+  return buffers[which].get();
+}
+
+// ---------------------------------------------------------------- where numbers lie
+
+// A matrix in memory. Element (r, c) lies at row `index ? index[r] / share : r`, column c; or at
+// row c, column r if it is transposed.
+struct View {
+  const char* data;
+  Type type;
+  int64_t stride;  // elements from one stored row to the next
+  bool transposed = false;
+  const int32_t* index = nullptr;
+  int32_t share = 1;
+  const float* scales = nullptr;  // [rows / 32, stride], of 8-bit weights
+
+  const char* at(int64_t row, int64_t column) const {
+    const int64_t stored = index ? index[row] / share : row;
+    return data + (stored * stride + column) * size_of(type);
+  }
+};
+
+template <Type type>
+void copy_columns(const View& from, int64_t rows, int64_t column, float* to, int step) {
+  for (int64_t r = 0; r < rows; r++) {
+    Vec value = load<type>(from.at(r, column));
+    if constexpr (type == Type::kInt8) {
+      value *= *reinterpret_cast<const LooseVec*>(
+          from.scales + r / kScaleRows * from.stride + column);
+    }
+    *reinterpret_cast<LooseVec*>(to + r * step) = value;
+  }
+}
+
+// Transposes 16 x 16 numbers in registers: four rounds of swapping halves.
+inline void transpose(Vec (&v)[kLanes]) {
+#define SWAP(width, ...)                                         \
+  for (int i = 0; i < kLanes; i++) {                             \
+    if (i & width) continue;                                     \
+    const Vec low = v[i], high = v[i + width];                   \
+    v[i] = __builtin_shuffle(low, high, IntVec{__VA_ARGS__});    \
+    v[i + width] = __builtin_shuffle(low, high, IntVec{__VA_ARGS__} + width); \
+  }
+  SWAP(8, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23)
+  SWAP(4, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27)
+  SWAP(2, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
+  SWAP(1, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30)
+#undef SWAP
+}
+
+// Copies `count` (at most 16) columns from `column` on into `to`, `step` numbers a row.
+void copy(const View& from, int64_t rows, int64_t column, int count, float* to, int step) {
+  if (!from.transposed) {
+    if (count == kLanes) {
+      switch (from.type) {
+        case Type::kFloat: return copy_columns<Type::kFloat>(from, rows, column, to, step);
+        case Type::kBfloat16: return copy_columns<Type::kBfloat16>(from, rows, column, to, step);
+        case Type::kRounded: return copy_columns<Type::kRounded>(from, rows, column, to, step);
+        default: return copy_columns<Type::kInt8>(from, rows, column, to, step);
+      }
+    }
+    for (int64_t r = 0; r < rows; r++) {
+      Vec value = load(from.type, from.at(r, column), std::max(count, 0));
+      if (from.scales && count > 0) {
+        const float* scale = from.scales + r / kScaleRows * from.stride + column;
+        value *= load(Type::kFloat, reinterpret_cast<const char*>(scale), count);
+      }
+      *reinterpret_cast<LooseVec*>(to + r * step) = value;
+    }
+    return;
+  }
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    const int wide = std::min<int64_t>(kLanes, rows - r);
+    Vec block[kLanes];
+    for (int c = 0; c < kLanes; c++) {
+      block[c] = c < count ? load(from.type, from.at(column + c, r), wide) : Vec{};
+    }
+    transpose(block);
+    for (int i = 0; i < wide; i++) *reinterpret_cast<LooseVec*>(to + (r + i) * step) = block[i];
+  }
+}
+
+// ---------------------------------------------------------------- tiles
+
+// The left side of a product, as float32: number (r, k) is at `data[r * row + k * inner]`.
+struct Left {
+  const float* data;
+  int64_t row, inner;
+};
+
+// Brings rows [first, first + count) of the left side into float32, in place if they are.
+Left left_side(const View& a, int64_t first, int64_t count, int64_t inner) {
+  if (a.transposed) {  // `first` is a column of what is stored; tiles then read along it
+    const int64_t step = (count + kLanes - 1) / kLanes * kLanes;
+    float* to = scratch(0, inner * step);
+    for (int64_t c = 0; c < count; c += kLanes) {
+      View stored = a;
+      stored.transposed = false;
+      copy(stored, inner, first + c, std::min<int64_t>(kLanes, count - c), to + c, step);
+    }
+    return {to, 1, step};
+  }
+  if (a.type == Type::kFloat && !a.index) {
+    return {reinterpret_cast<const float*>(a.at(first, 0)), a.stride, 1};
+  }
+  const int64_t step = (inner + kLanes - 1) / kLanes * kLanes;
+  float* to = scratch(0, count * step);
+  for (int64_t r = 0; r < count; r++) {
+    for (int64_t k = 0; k < inner; k += kLanes) {
+      const int wide = std::min<int64_t>(kLanes, inner - k);
+      *reinterpret_cast<LooseVec*>(to + r * step + k) = load(a.type, a.at(first + r, k), wide);
+    }
+  }
+  return {to, step, 1};
+}
+
+// Rows x 32 sums from a packed panel `[inner, 32]`.
+template <int rows, bool along_rows>
+__attribute__((always_inline)) inline void tile(
+    const float* a, int64_t step, const float* panel, int64_t inner, Vec (&sums)[rows][2]) {
+#pragma GCC unroll 14
+  for (int i = 0; i < rows; i++) sums[i][0] = sums[i][1] = Vec{};
+  for (int64_t k = 0; k < inner; k++) {
+    const Vec b0 = *reinterpret_cast<const Vec*>(panel + k * kPanel);
+    const Vec b1 = *reinterpret_cast<const Vec*>(panel + k * kPanel + kLanes);
+#pragma GCC unroll 14
+    for (int i = 0; i < rows; i++) {
+      const float value = along_rows ? a[k * step + i] : a[i * step + k];
+      sums[i][0] += value * b0;
+      sums[i][1] += value * b1;
+    }
+  }
+}
+
+// Rows x (2 * width * 16) sums from weights where they lie: `width` vectors at each of two places.
+template <int rows, int width, Type type>
+__attribute__((always_inline)) inline void thin(
+    const Left& a, const View& b, int64_t inner, int64_t c0, int64_t c1,
+    Vec (&sums)[rows][2 * width]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; i++) {
+#pragma GCC unroll 16
+    for (int v = 0; v < 2 * width; v++) sums[i][v] = Vec{};
+  }
+  const int64_t step = b.stride * size_of(type);
+  const char* p0 = b.at(0, c0);
+  const char* p1 = b.at(0, c1);
+  Vec scale[2 * width] = {};
+  for (int64_t k = 0; k < inner; k++, p0 += step, p1 += step) {
+    if constexpr (type == Type::kInt8) {
+      if (k % kScaleRows == 0) {
+        const float* s = b.scales + k / kScaleRows * b.stride;
+#pragma GCC unroll 16
+        for (int v = 0; v < 2 * width; v++) {
+          const int64_t column = v < width ? c0 + v * kLanes : c1 + (v - width) * kLanes;
+          scale[v] = *reinterpret_cast<const LooseVec*>(s + column);
+        }
+      }
+    }
+#pragma GCC unroll 16
+    for (int v = 0; v < 2 * width; v++) {
+      const char* from = (v < width ? p0 + v * kLanes * size_of(type)
+                                    : p1 + (v - width) * kLanes * size_of(type));
+      Vec value = load<type>(from);
+      if constexpr (type == Type::kInt8) value *= scale[v];
+#pragma GCC unroll 8
+      for (int i = 0; i < rows; i++) sums[i][v] += a.data[i * a.row + k] * value;
+    }
+  }
+}
+
+// What a product does with its sums: `put(row, column, first, second, count)`, where `first` is
+// 16 sums of the columns from `column` on, `second` of those `gap` further on.
+//
+// A plain product's tiles are 32 columns wide and its `pair` is 0. For SwiGLU a tile holds 16
+// gates and their 16 up projections; `pair` is the distance between the two.
+struct Shape {
+  int64_t rows, inner, pair;
+  int64_t width() const { return pair ? kLanes : kPanel; }  // columns a tile advances
+  int64_t gap() const { return pair ? pair : kLanes; }      // from its first half to its second
+};
+
+template <int rows, class Put>
+void put_tile(const Left& a, const float* panel, const Shape& s, int64_t row, int64_t column,
+              int64_t end, Put& put) {
+  Vec sums[rows][2];
+  if (a.row == 1 && a.inner != 1) tile<rows, true>(a.data + row, a.inner, panel, s.inner, sums);
+  else tile<rows, false>(a.data + row * a.row, a.row, panel, s.inner, sums);
+  for (int i = 0; i < rows; i++) put(row + i, column, sums[i][0], sums[i][1], end - column);
+}
+
+template <class Put, size_t... n>
+auto tiles(std::index_sequence<n...>) {
+  using Call = void (*)(const Left&, const float*, const Shape&, int64_t, int64_t, int64_t, Put&);
+  static constexpr Call calls[] = {put_tile<n + 1, Put>...};
+  return calls;
+}
+
+// Copies up to `kPanels` panels, from `column` on. Row by row over all of them, so that memory is
+// read in long runs.
+template <Type type>
+void copy_panels(const View& b, const Shape& s, int64_t column, int64_t panels, float* to) {
+  for (int64_t r = 0; r < s.inner; r++) {
+    for (int half = 0; half < 2; half++) {
+      const int64_t first = column + half * s.gap();
+      const char* from = b.at(r, first);
+      const float* scale = b.scales + r / kScaleRows * b.stride + first;
+      for (int64_t p = 0; p < panels; p++) {
+        Vec value = load<type>(from + p * s.width() * size_of(type));
+        if constexpr (type == Type::kInt8) {
+          value *= *reinterpret_cast<const LooseVec*>(scale + p * s.width());
+        }
+        *reinterpret_cast<Vec*>(to + (p * s.inner + r) * kPanel + half * kLanes) = value;
+      }
+    }
+  }
+}
+
+// The same for one panel that is transposed or has fewer than 32 columns.
+void copy_panel(const View& b, const Shape& s, int64_t column, int64_t left, float* to) {
+  const int64_t second = s.pair ? left : left - kLanes;
+  copy(b, s.inner, column, std::min<int64_t>(kLanes, left), to, kPanel);
+  copy(b, s.inner, second > 0 ? column + s.gap() : column,
+       std::max<int64_t>(0, std::min<int64_t>(kLanes, second)), to + kLanes, kPanel);
+}
+
+// Columns [column, end) through packed panels.
+template <class Put>
+void packed(const Left& a, const View& b, const Shape& s, int64_t column, int64_t end, Put& put) {
+  const auto calls = tiles<Put>(std::make_index_sequence<kTileRows>());
+  float* panels = scratch(1, s.inner * kPanel * kPanels);
+  while (column < end) {
+    const int64_t whole = b.transposed ? 0 : std::min(kPanels, (end - column) / s.width());
+    switch (whole ? b.type : Type::kFloat) {
+      case Type::kFloat: copy_panels<Type::kFloat>(b, s, column, whole, panels); break;
+      case Type::kBfloat16: copy_panels<Type::kBfloat16>(b, s, column, whole, panels); break;
+      case Type::kRounded: copy_panels<Type::kRounded>(b, s, column, whole, panels); break;
+      default: copy_panels<Type::kInt8>(b, s, column, whole, panels);
+    }
+    if (!whole) copy_panel(b, s, column, end - column, panels);
+    for (int64_t p = 0; p < std::max<int64_t>(1, whole); p++, column += s.width()) {
+      const float* panel = panels + p * s.inner * kPanel;
+      for (int64_t row = 0; row < s.rows; row += kTileRows) {
+        const int64_t count = std::min<int64_t>(kTileRows, s.rows - row);
+        calls[count - 1](a, panel, s, row, column, end, put);
+      }
+    }
+  }
+}
+
+// As many whole wide tiles as fit into [column, end); returns where they stop.
+template <int rows, int width, Type type, class Put>
+int64_t thin_columns(const Left& a, const View& b, const Shape& s, int64_t column, int64_t end,
+                     Put& put) {
+  const bool plain = s.pair == 0;
+  const int64_t advance = (plain ? 2 : 1) * width * kLanes;
+  for (; column + advance <= end; column += advance) {
+    const int64_t second = plain ? column + width * kLanes : column + s.pair;
+    Vec sums[rows][2 * width];
+    thin<rows, width, type>(a, b, s.inner, column, second, sums);
+    for (int i = 0; i < rows; i++) {
+      for (int v = 0; v < (plain ? 2 * width : width); v += plain ? 2 : 1) {
+        put(i, column + v * kLanes, sums[i][v], sums[i][plain ? v + 1 : v + width], kPanel);
+      }
+    }
+  }
+  return column;
+}
+
+template <int rows, Type type, class Put>
+int64_t thin_rows(const Left& a, const View& b, const Shape& s, int64_t column, int64_t end,
+                  Put& put) {
+  constexpr int width = rows == 1 ? 8 : rows <= 3 ? 4 : rows <= 6 ? 2 : 1;
+  constexpr int fits = type == Type::kInt8 && width > 4 ? 4 : width;  // scales take registers
+  return thin_columns<rows, fits, type>(a, b, s, column, end, put);
+}
+
+template <class Put, Type type, size_t... n>
+auto thin_calls(std::index_sequence<n...>) {
+  using Call = int64_t (*)(const Left&, const View&, const Shape&, int64_t, int64_t, Put&);
+  static constexpr Call calls[] = {thin_rows<n + 1, type, Put>...};
+  return calls;
+}
+
+// Columns [column, end) of one product, all rows.
+template <class Put>
+void product(const Left& a, const View& b, const Shape& s, int64_t column, int64_t end, Put& put) {
+  if (s.rows == 0) return;
+  if (s.rows <= kThinRows && !b.transposed && !b.index && a.inner == 1) {
+    constexpr auto rows = std::make_index_sequence<kThinRows>();
+    switch (b.type) {
+      case Type::kFloat:
+        column = thin_calls<Put, Type::kFloat>(rows)[s.rows - 1](a, b, s, column, end, put);
+        break;
+      case Type::kBfloat16:
+        column = thin_calls<Put, Type::kBfloat16>(rows)[s.rows - 1](a, b, s, column, end, put);
+        break;
+      case Type::kRounded:
+        column = thin_calls<Put, Type::kRounded>(rows)[s.rows - 1](a, b, s, column, end, put);
+        break;
+      default:
+        column = thin_calls<Put, Type::kInt8>(rows)[s.rows - 1](a, b, s, column, end, put);
+    }
+  }
+  packed(a, b, s, column, end, put);
+}
+
+// ---------------------------------------------------------------- products of groups
+
+// Rows offsets[e] to offsets[e + 1] of `a` times matrix e of `b`, for all e.
+struct Groups {
+  View a, b;
+  int64_t inner, columns, pair;  // see `Shape`
+  int64_t count;                 // of groups
+  const int32_t* offsets;        // [count + 1]
+  int64_t matrix;                // elements from one matrix of `b` to the next
+  int64_t matrix_scales = 0;     // and of its scales
+
+  View group(int64_t e) const {
+    View found = b;
+    found.data += e * matrix * size_of(b.type);
+    if (found.scales) found.scales += e * matrix_scales;
+    return found;
+  }
+};
+
+// Columns a task takes: enough that its rows are worth bringing in, few enough to share out.
+int64_t column_share(const Groups& g, int64_t rows) {
+  const int64_t tasks = 4 * Threads::shared().count();
+  const int64_t width = kPanels * (g.pair ? kLanes : kPanel);
+  const int64_t blocks = std::max<int64_t>(1, rows / kRowBlock);
+  const int64_t wanted = (g.columns * blocks + tasks - 1) / tasks;
+  return std::max<int64_t>(width, std::min<int64_t>(wanted, 1024) / width * width);
+}
+
+// Any order: `put` gets rows of the whole `a`, and no two tasks the same numbers.
+template <class Put>
+void grouped(const Groups& g, const Put& put) {
+  struct Task { int64_t group, row, rows, column; };
+  std::vector<Task> tasks;
+  const int64_t share = column_share(g, g.offsets[g.count]);
+  for (int64_t e = 0; e < g.count; e++) {
+    for (int64_t row = g.offsets[e]; row < g.offsets[e + 1]; row += kRowBlock) {
+      const int64_t rows = std::min<int64_t>(kRowBlock, g.offsets[e + 1] - row);
+      for (int64_t c = 0; c < g.columns; c += share) tasks.push_back({e, row, rows, c});
+    }
+  }
+  Threads::shared().run(tasks.size(), [&](int64_t i) {
+    const Task& t = tasks[i];
+    auto place = [&](int64_t row, int64_t column, Vec first, Vec second, int64_t count) {
+      put(t.row + row, column, first, second, count);
+    };
+    const Left a = left_side(g.a, t.row, t.rows, g.inner);
+    const Shape s{t.rows, g.inner, g.pair};
+    product(a, g.group(t.group), s, t.column, std::min(g.columns, t.column + share), place);
+  });
+}
+
+// Group by group within a share of the columns, so that `put` may add to what other groups wrote.
+template <class Put>
+void grouped_in_order(const Groups& g, const Put& put) {
+  const int64_t parts = 2 * Threads::shared().count();
+  const int64_t share = std::max<int64_t>(1, (g.columns / parts + kPanel - 1) / kPanel) * kPanel;
+  Threads::shared().run((g.columns + share - 1) / share, [&](int64_t i) {
+    for (int64_t e = 0; e < g.count; e++) {
+      for (int64_t row = g.offsets[e]; row < g.offsets[e + 1]; row += kRowBlock) {
+        const int64_t rows = std::min<int64_t>(kRowBlock, g.offsets[e + 1] - row);
+        auto place = [&](int64_t r, int64_t column, Vec first, Vec second, int64_t count) {
+          put(row + r, column, first, second, count);
+        };
+        const Left a = left_side(g.a, row, rows, g.inner);
+        product(a, g.group(e), Shape{rows, g.inner, g.pair}, i * share,
+                std::min(g.columns, (i + 1) * share), place);
+      }
+    }
+  });
+}
+
+// Calls `visit(column, value, count)` for the one or two vectors of a plain tile that are real.
+template <class Visit>
+inline void each(int64_t column, Vec first, Vec second, int64_t count, const Visit& visit) {
+  visit(column, first, std::min<int64_t>(kLanes, count));
+  if (count > kLanes) {
+    visit(column + kLanes, second, std::min<int64_t>(kLanes, count - kLanes));
+  }
+}
+
+// One matrix `[E, M, N]` for each group of rows: a_e^T b_e, where a_e is `[rows, M]`.
+void grouped_outer(const View& a, const View& b, int64_t m, int64_t n, int64_t count,
+                   const int32_t* offsets, Type type, char* out) {
+  const int64_t share = 8 * kPanel;
+  const int64_t across = (n + share - 1) / share, down = (m + kRowBlock - 1) / kRowBlock;
+  Threads::shared().run(count * across * down, [&](int64_t i) {
+    const int64_t e = i / (across * down), column = i % across * share;
+    const int64_t row = i / across % down * kRowBlock, rows = std::min(m - row, int64_t{kRowBlock});
+    const int64_t first = offsets[e], inner = offsets[e + 1] - first;
+    View left = a, right = b;
+    if (a.index) left.index += first; else left.data += first * a.stride * size_of(a.type);
+    if (b.index) right.index += first; else right.data += first * b.stride * size_of(b.type);
+    left.transposed = true;
+    auto put = [&](int64_t r, int64_t c, Vec v0, Vec v1, int64_t wide) {
+      each(c, v0, v1, wide, [&](int64_t at, Vec value, int real) {
+        store(type, out + ((e * m + row + r) * n + at) * size_of(type), value, real);
+      });
+    };
+    const Left side = left_side(left, row, rows, inner);
+    packed(side, right, Shape{rows, inner, 0}, column, std::min(n, column + share), put);
+  });
+}
+
+// ---------------------------------------------------------------- experts
+
+// The weights of all experts: `up [E, D, 2I]`, gate first, and `down [E, I, D]`.
+struct Experts {
+  View up, down;
+  int64_t count, hidden, inner;
+
+  Groups through_up(const View& x, const int32_t* offsets) const {
+    return {x, up, hidden, inner, inner, count, offsets, hidden * 2 * inner,
+            hidden / kScaleRows * 2 * inner};
+  }
+  Groups through_down(const View& x, const int32_t* offsets) const {
+    return {x, down, inner, hidden, 0, count, offsets, inner * hidden,
+            inner / kScaleRows * hidden};
+  }
+};
+
+// Sorts assignments by expert, in order of tokens within one: `order [A]`, `offsets [E + 1]`.
+void sort_by_expert(const int32_t* indices, int64_t assignments, int64_t experts, int32_t* order,
+                    int32_t* offsets) {
+  std::fill(offsets, offsets + experts + 1, 0);
+  for (int64_t i = 0; i < assignments; i++) offsets[indices[i] + 1]++;
+  for (int64_t e = 0; e < experts; e++) offsets[e + 1] += offsets[e];
+  std::vector<int32_t> next(offsets, offsets + experts);
+  for (int64_t i = 0; i < assignments; i++) order[next[indices[i]]++] = i;
+}
+
+// Runs `visit(first, end)` on shares of `count` rows.
+void shared_rows(int64_t count, const std::function<void(int64_t, int64_t)>& visit) {
+  const int64_t share = std::max<int64_t>(64, count / (8 * Threads::shared().count()));
+  Threads::shared().run((count + share - 1) / share, [&](int64_t i) {
+    visit(i * share, std::min(count, (i + 1) * share));
+  });
+}
+
+using Floats = std::vector<float>;
+
+View floats(const float* data, int64_t stride) {
+  return {reinterpret_cast<const char*>(data), Type::kFloat, stride};
+}
+
+// y [T, D] = sum over a token's experts of gate * down(silu(gate_up's gate) * its up).
+// `kept [A, 2I]`, if given, receives what SwiGLU was applied to, for the backward pass.
+void run_experts(const View& x, int64_t tokens, const Experts& experts, const float* gates,
+                 int32_t per_token, const int32_t* order, const int32_t* offsets, char* kept,
+                 char* y) {
+  const int64_t inner = experts.inner, hidden = experts.hidden;
+  const int64_t assignments = tokens * per_token;
+  std::unique_ptr<float[]> middle(new float[assignments * inner]);
+  View rows = x;
+  rows.index = order;
+  rows.share = per_token;
+  grouped(experts.through_up(rows, offsets),
+          [&](int64_t row, int64_t column, Vec gate, Vec up, int64_t count) {
+            const int real = std::min<int64_t>(kLanes, count);
+            const Vec value = gate * sigmoid(gate) * up;
+            store(Type::kFloat, reinterpret_cast<char*>(&middle[row * inner + column]), value, real);
+            if (!kept) return;
+            const int64_t size = size_of(x.type);
+            char* at = kept + (row * 2 * inner + column) * size;
+            store(x.type, at, gate, real);
+            store(x.type, at + inner * size, up, real);
+          });
+  std::unique_ptr<float[]> wide;
+  float* sums = reinterpret_cast<float*>(y);
+  if (x.type != Type::kFloat) {
+    wide.reset(new float[tokens * hidden]);
+    sums = wide.get();
+  }
+  std::memset(sums, 0, tokens * hidden * 4);
+  grouped_in_order(experts.through_down(floats(middle.get(), inner), offsets),
+                   [&](int64_t row, int64_t column, Vec first, Vec second, int64_t count) {
+                     const float gate = gates[order[row]];
+                     float* to = sums + order[row] / per_token * hidden;
+                     each(column, first, second, count, [&](int64_t at, Vec value, int real) {
+                       char* p = reinterpret_cast<char*>(to + at);
+                       store(Type::kFloat, p, load(Type::kFloat, p, real) + gate * value, real);
+                     });
+                   });
+  if (!wide) return;
+  shared_rows(tokens, [&](int64_t first, int64_t end) {
+    for (int64_t i = first * hidden; i < end * hidden; i += kLanes) {
+      const int real = std::min<int64_t>(kLanes, end * hidden - i);
+      store(x.type, y + i * size_of(x.type),
+            load(Type::kFloat, reinterpret_cast<char*>(sums + i), real), real);
+    }
+  });
+}
+
+// The gradients of `run_experts`, given dy. What SwiGLU gave is computed again, not kept.
+void run_experts_backward(const View& x, int64_t tokens, const Experts& experts,
+                          const float* gates, int32_t per_token, const int32_t* order,
+                          const int32_t* offsets, const char* kept, const View& dy, float* dx,
+                          float* dgates, Type weight, char* dup, char* ddown) {
+  const int64_t inner = experts.inner, hidden = experts.hidden;
+  const int64_t assignments = tokens * per_token;
+  std::unique_ptr<float[]> middle(new float[assignments * inner]);
+  std::unique_ptr<float[]> wide(new float[assignments * 2 * inner]);
+  View rows = x, above = dy;
+  rows.index = above.index = order;
+  rows.share = above.share = per_token;
+
+  Groups back = experts.through_down(above, offsets);  // dy W_down^T: [A, I]
+  back.b.transposed = true;
+  std::swap(back.inner, back.columns);
+  grouped(back, [&](int64_t row, int64_t column, Vec first, Vec second, int64_t count) {
+    each(column, first, second, count, [&](int64_t at, Vec value, int real) {
+      store(Type::kFloat, reinterpret_cast<char*>(&middle[row * inner + at]), value, real);
+    });
+  });
+  // Through SwiGLU: `middle` becomes gate * activation, `wide` the gradient before it.
+  shared_rows(assignments, [&](int64_t first, int64_t end) {
+    const int64_t size = size_of(x.type);
+    for (int64_t row = first; row < end; row++) {
+      const float gate = gates[order[row]];
+      Vec dgate{};
+      for (int64_t c = 0; c < inner; c += kLanes) {
+        const int real = std::min<int64_t>(kLanes, inner - c);
+        const char* at = kept + (row * 2 * inner + c) * size;
+        char* mid = reinterpret_cast<char*>(&middle[row * inner + c]);
+        char* out = reinterpret_cast<char*>(&wide[row * 2 * inner + c]);
+        const Vec g = load(x.type, at, real), u = load(x.type, at + inner * size, real);
+        const Vec above = load(Type::kFloat, mid, real), s = sigmoid(g), act = g * s;
+        dgate += act * u * above;
+        const Vec scaled = gate * above;
+        store(Type::kFloat, out, scaled * u * (s + act * (1.f - s)), real);
+        store(Type::kFloat, out + inner * 4, scaled * act, real);
+        store(Type::kFloat, mid, gate * act * u, real);
+      }
+      dgates[order[row]] = sum(dgate);
+    }
+  });
+  std::memset(dx, 0, tokens * hidden * 4);
+  Groups down = experts.through_up(floats(wide.get(), 2 * inner), offsets);  // [A, 2I] W_up^T
+  down.b.transposed = true;
+  down.inner = 2 * inner;
+  down.columns = hidden;
+  down.pair = 0;
+  grouped_in_order(down, [&](int64_t row, int64_t column, Vec first, Vec second, int64_t count) {
+    float* to = dx + order[row] / per_token * hidden;
+    each(column, first, second, count, [&](int64_t at, Vec value, int real) {
+      char* p = reinterpret_cast<char*>(to + at);
+      store(Type::kFloat, p, load(Type::kFloat, p, real) + value, real);
+    });
+  });
+  grouped_outer(rows, floats(wide.get(), 2 * inner), hidden, 2 * inner, experts.count, offsets,
+                weight, dup);
+  grouped_outer(floats(middle.get(), inner), above, inner, hidden, experts.count, offsets, weight,
+                ddown);
+}
+
+// ---------------------------------------------------------------- TensorFlow
+
+class Failure {
+ public:
+  explicit Failure(std::string message) : message(std::move(message)) {}
+  std::string message;
+};
+
+void require(bool fine, const std::string& message) {
+  if (!fine) throw Failure(message);
+}
+
+Type type_of(TF_DataType type) {
+  if (type == TF_BFLOAT16) return Type::kBfloat16;
+  return type == TF_INT8 ? Type::kInt8 : Type::kFloat;
+}
+
+class Context {
+ public:
+  explicit Context(TF_OpKernelContext* context) : context_(context), status_(TF_NewStatus()) {}
+  ~Context() {
+    for (TF_Tensor* tensor : held_) TF_DeleteTensor(tensor);
+    TF_DeleteStatus(status_);
+  }
+
+  TF_Tensor* input(int i) {
+    TF_Tensor* tensor = nullptr;
+    TF_GetInput(context_, i, &tensor, status_);
+    check();
+    held_.push_back(tensor);
+    return tensor;
+  }
+
+  char* output(int i, TF_DataType type, const std::vector<int64_t>& shape) {
+    int64_t count = 1;
+    for (int64_t size : shape) count *= size;
+    TF_Tensor* tensor = TF_AllocateOutput(context_, i, type, shape.data(), shape.size(),
+                                          count * TF_DataTypeSize(type), status_);
+    check();
+    held_.push_back(tensor);
+    return static_cast<char*>(TF_TensorData(tensor));
+  }
+
+  void fail(const std::string& message) {
+    TF_SetStatus(status_, TF_INVALID_ARGUMENT, message.c_str());
+    TF_OpKernelContext_Failure(context_, status_);
+  }
+
+ private:
+  void check() { require(TF_GetCode(status_) == TF_OK, TF_Message(status_)); }
+
+  TF_OpKernelContext* context_;
+  TF_Status* status_;
+  std::vector<TF_Tensor*> held_;
+};
+
+template <class T>
+T* data(TF_Tensor* tensor) { return static_cast<T*>(TF_TensorData(tensor)); }
+
+// All axes but the last count as rows.
+int64_t last(TF_Tensor* tensor) { return TF_Dim(tensor, TF_NumDims(tensor) - 1); }
+
+int64_t rows_of(TF_Tensor* tensor) {
+  int64_t rows = 1;
+  for (int axis = 0; axis + 1 < TF_NumDims(tensor); axis++) rows *= TF_Dim(tensor, axis);
+  return rows;
+}
+
+std::vector<int64_t> shape_with_last(TF_Tensor* tensor, int64_t size) {
+  std::vector<int64_t> shape;
+  for (int axis = 0; axis + 1 < TF_NumDims(tensor); axis++) shape.push_back(TF_Dim(tensor, axis));
+  shape.push_back(size);
+  return shape;
+}
+
+// Weights, whose float32 is rounded where `x` is bfloat16, as a cast of them would.
+View matrix(TF_Tensor* tensor, TF_Tensor* x = nullptr, TF_Tensor* scales = nullptr) {
+  const int rank = TF_NumDims(tensor);
+  require(rank >= 1, "a product's sides must have rank 1 or more");
+  View view{data<char>(tensor), type_of(TF_TensorType(tensor)), last(tensor)};
+  const bool wider = x && TF_TensorType(x) == TF_BFLOAT16 && view.type == Type::kFloat;
+  if (wider) view.type = Type::kRounded;
+  if (view.type != Type::kInt8) return view;
+  const int64_t rows = rank < 2 ? 1 : TF_Dim(tensor, rank - 2);
+  require(rows % kScaleRows == 0, "8-bit weights have " + std::to_string(rows) +
+                                      " rows; they must be a multiple of 32");
+  require(scales && TF_TensorElementCount(scales) * kScaleRows == TF_TensorElementCount(tensor),
+          "8-bit weights need one scale for 32 rows of each column");
+  view.scales = data<float>(scales);
+  return view;
+}
+
+struct Attributes {
+  bool transpose = false, keep = false;
+};
+
+bool flag(TF_OpKernelConstruction* context, const char* name) {
+  TF_Status* status = TF_NewStatus();
+  unsigned char value = 0;
+  TF_OpKernelConstruction_GetAttrBool(context, name, &value, status);
+  TF_DeleteStatus(status);
+  return value;
+}
+
+// x [..., K], w [K, N] (or [N, K] to transpose), scales -> y [..., N]
+void matmul_op(Context& c, const Attributes& attributes) {
+  TF_Tensor *x = c.input(0), *w = c.input(1), *scales = c.input(2);
+  View right = matrix(w, x, scales);
+  right.transposed = attributes.transpose;
+  require(TF_NumDims(w) == 2, "w has rank " + std::to_string(TF_NumDims(w)) + "; it must be 2");
+  const int64_t m = rows_of(x), k = last(x);
+  const int64_t n = TF_Dim(w, attributes.transpose ? 0 : 1);
+  require(TF_Dim(w, attributes.transpose ? 1 : 0) == k,
+          "x has " + std::to_string(k) + " columns, w another number of rows");
+  require(!attributes.transpose || right.type != Type::kInt8, "8-bit weights can't be transposed");
+  const Type type = type_of(TF_TensorType(x));
+  char* y = c.output(0, TF_TensorType(x), shape_with_last(x, n));
+  const int32_t offsets[] = {0, static_cast<int32_t>(m)};
+  const Groups one{matrix(x), right, k, n, 0, 1, offsets, 0};
+  grouped(one, [&](int64_t row, int64_t column, Vec first, Vec second, int64_t count) {
+    each(column, first, second, count, [&](int64_t at, Vec value, int real) {
+      store(type, y + (row * n + at) * size_of(type), value, real);
+    });
+  });
+}
+
+// x [..., M], dy [..., N] -> x^T dy [M, N], in the weights' type
+void outer_op(Context& c, const Attributes&, TF_DataType weight) {
+  TF_Tensor *x = c.input(0), *dy = c.input(1);
+  const int64_t m = last(x), n = last(dy);
+  require(rows_of(x) == rows_of(dy), "x and dy have different numbers of rows");
+  const int32_t offsets[] = {0, static_cast<int32_t>(rows_of(x))};
+  grouped_outer(matrix(x), matrix(dy), m, n, 1, offsets, type_of(weight),
+                c.output(0, weight, {m, n}));
+}
+
+Experts experts_of(TF_Tensor* x, TF_Tensor* up, TF_Tensor* up_scales, TF_Tensor* down,
+                   TF_Tensor* down_scales) {
+  require(TF_NumDims(up) == 3 && TF_NumDims(down) == 3, "stacked experts must have rank 3");
+  const Experts found{matrix(up, x, up_scales), matrix(down, x, down_scales), TF_Dim(up, 0),
+                      TF_Dim(up, 1), TF_Dim(up, 2) / 2};
+  require(TF_Dim(down, 0) == found.count && TF_Dim(down, 1) == found.inner &&
+              TF_Dim(down, 2) == found.hidden && TF_Dim(up, 2) % 2 == 0,
+          "gate_up [E, D, 2I] and down [E, I, D] do not fit together");
+  return found;
+}
+
+// x [..., D], indices [T, K], gates [T, K], up, up_scales, down, down_scales
+// -> y [..., D], kept [A, 2I] (or [0, 2I]), order [A], offsets [E + 1]
+void experts_op(Context& c, const Attributes& attributes) {
+  TF_Tensor *x = c.input(0), *indices = c.input(1), *gates = c.input(2);
+  TF_Tensor *up = c.input(3), *up_scales = c.input(4);
+  TF_Tensor *down = c.input(5), *down_scales = c.input(6);
+  const Experts experts = experts_of(x, up, up_scales, down, down_scales);
+  const int64_t tokens = rows_of(x), per_token = last(indices);
+  const int64_t assignments = tokens * per_token;
+  require(last(x) == experts.hidden, "x and gate_up have different hidden sizes");
+  require(rows_of(indices) == tokens && TF_TensorElementCount(gates) == assignments,
+          "indices, gates and x are of different numbers of tokens");
+  const int32_t* chosen = data<int32_t>(indices);
+  for (int64_t i = 0; i < assignments; i++) {
+    require(chosen[i] >= 0 && chosen[i] < experts.count,
+            "indices hold " + std::to_string(chosen[i]) + "; experts run from 0 to " +
+                std::to_string(experts.count - 1));
+  }
+  const TF_DataType type = TF_TensorType(x);
+  char* y = c.output(0, type, shape_with_last(x, experts.hidden));
+  char* kept = c.output(1, type, {attributes.keep ? assignments : 0, 2 * experts.inner});
+  auto* order = reinterpret_cast<int32_t*>(c.output(2, TF_INT32, {assignments}));
+  auto* offsets = reinterpret_cast<int32_t*>(c.output(3, TF_INT32, {experts.count + 1}));
+  sort_by_expert(chosen, assignments, experts.count, order, offsets);
+  run_experts(matrix(x), tokens, experts, data<float>(gates), per_token, order, offsets,
+              attributes.keep ? kept : nullptr, y);
+}
+
+// x, gates, up, down, kept, order, offsets, dy -> dx [..., D] float32, dgates [T, K], dup, ddown
+void experts_grad_op(Context& c, const Attributes&) {
+  TF_Tensor *x = c.input(0), *gates = c.input(1), *up = c.input(2), *down = c.input(3);
+  TF_Tensor *kept = c.input(4), *order = c.input(5), *offsets = c.input(6), *dy = c.input(7);
+  const Experts experts = experts_of(x, up, nullptr, down, nullptr);
+  const int64_t tokens = rows_of(x), per_token = last(gates);
+  require(TF_Dim(kept, 0) == tokens * per_token, "the forward pass did not keep what this needs");
+  auto* dx = reinterpret_cast<float*>(c.output(0, TF_FLOAT, shape_with_last(x, experts.hidden)));
+  auto* dgates = reinterpret_cast<float*>(c.output(1, TF_FLOAT, {tokens, per_token}));
+  const TF_DataType weight = TF_TensorType(up);
+  char* dup = c.output(2, weight, {experts.count, experts.hidden, 2 * experts.inner});
+  char* ddown = c.output(3, weight, {experts.count, experts.inner, experts.hidden});
+  run_experts_backward(matrix(x), tokens, experts, data<float>(gates), per_token,
+                       data<int32_t>(order), data<int32_t>(offsets), data<char>(kept), matrix(dy),
+                       dx, dgates, type_of(weight), dup, ddown);
+}
+
+void outer_kernel(Context& c, const Attributes& attributes, TF_OpKernelContext* context) {
+  outer_op(c, attributes, TF_ExpectedOutputDataType(context, 0));
+}
+void matmul_kernel(Context& c, const Attributes& a, TF_OpKernelContext*) { matmul_op(c, a); }
+void experts_kernel(Context& c, const Attributes& a, TF_OpKernelContext*) { experts_op(c, a); }
+void experts_grad_kernel(Context& c, const Attributes& a, TF_OpKernelContext*) {
+  experts_grad_op(c, a);
+}
+
+void* create(TF_OpKernelConstruction* context) {
+  return new Attributes{flag(context, "transpose"), flag(context, "keep")};
+}
+void destroy(void* attributes) { delete static_cast<Attributes*>(attributes); }
+
+template <void (*kernel)(Context&, const Attributes&, TF_OpKernelContext*)>
+void compute(void* attributes, TF_OpKernelContext* context) {
+  Context c(context);
+  try {
+    kernel(c, *static_cast<Attributes*>(attributes), context);
+  } catch (const Failure& failure) {
+    c.fail(failure.message);
+  }
+}
+
+// Shapes are said by the Python side.
+void any_shape(TF_ShapeInferenceContext* context, TF_Status* status) {
+  TF_SetStatus(status, TF_OK, "");
+  (void)context;
+}
+
+using Names = std::vector<const char*>;
+
+template <void (*kernel)(Context&, const Attributes&, TF_OpKernelContext*)>
+void declare(const char* name, const Names& attributes, const Names& inputs,
+             const Names& outputs) {
+  TF_Status* status = TF_NewStatus();
+  TF_OpDefinitionBuilder* op = TF_NewOpDefinitionBuilder(name);
+  TF_OpDefinitionBuilderAddAttr(op, "transpose: bool = false");
+  TF_OpDefinitionBuilderAddAttr(op, "keep: bool = false");
+  for (const char* spec : attributes) TF_OpDefinitionBuilderAddAttr(op, spec);
+  for (const char* spec : inputs) TF_OpDefinitionBuilderAddInput(op, spec);
+  for (const char* spec : outputs) TF_OpDefinitionBuilderAddOutput(op, spec);
+  TF_OpDefinitionBuilderSetShapeInferenceFunction(op, any_shape);
+  TF_RegisterOpDefinition(op, status);
+  TF_KernelBuilder* builder = TF_NewKernelBuilder(name, "CPU", create, compute<kernel>, destroy);
+  TF_RegisterKernelBuilder(name, builder, status);
+  TF_DeleteStatus(status);
+}
+
+const char* kType = "T: {float, bfloat16}";
+const char* kWeight = "W: {float, bfloat16, int8}";
+
+__attribute__((constructor)) void declare_all() {
+  declare<matmul_kernel>("DsMatmul", {kType, kWeight}, {"x: T", "w: W", "scales: float"}, {"y: T"});
+  declare<outer_kernel>("DsOuter", {kType, "W: {float, bfloat16}"}, {"x: T", "dy: T"}, {"dw: W"});
+  declare<experts_kernel>("DsExperts", {kType, kWeight},
+                          {"x: T", "indices: int32", "gates: float", "up: W", "up_scales: float",
+                           "down: W", "down_scales: float"},
+                          {"y: T", "kept: T", "order: int32", "offsets: int32"});
+  declare<experts_grad_kernel>("DsExpertsGrad", {kType, "W: {float, bfloat16}"},
+                               {"x: T", "gates: float", "up: W", "down: W", "kept: T",
+                                "order: int32", "offsets: int32", "dy: T"},
+                               {"dx: float", "dgates: float", "dup: W", "ddown: W"});
+}
+
+}  // namespace
+
+extern "C" void ds_set_threads(int count) { Threads::shared().resize(std::max(1, count)); }
