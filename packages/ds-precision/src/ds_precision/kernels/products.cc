@@ -50,9 +50,10 @@ constexpr int kTileRows = 14;  // 28 of 32 registers hold sums
 constexpr int kTileRows = 3;
 #endif
 constexpr int kPanel = 2 * kLanes;  // columns of a tile
-constexpr int64_t kPanels = 8;       // panels packed together
+constexpr int64_t kPanels = 8;       // most panels packed together
+constexpr int64_t kPacked = 192 * 1024;  // and most numbers in them, to stay in the cache
 constexpr int kThinRows = 8;        // up to here weights are read where they lie
-constexpr int kRowBlock = 252;      // rows that share a packed panel
+constexpr int kRowBlock = 1008;     // most rows that share a packed panel
 constexpr int kScaleRows = 32;      // rows of an 8-bit weight under one scale
 
 // `kRounded` is float32 in memory and bfloat16 in the product.
@@ -218,11 +219,12 @@ class Threads {
   int started_ = 0, allowed_ = 1;
 };
 
-// A thread's own buffers; they grow to the largest size asked for.
+// A thread's own buffers; they grow to the largest size asked for. 0: the left side of a product,
+// 1: its panels, 2 and on: what an operation keeps between its products.
 float* scratch(int which, int64_t count) {
   struct Free { void operator()(float* p) const { std::free(p); } };
-  thread_local std::unique_ptr<float, Free> buffers[2];
-  thread_local int64_t sizes[2] = {0, 0};
+  thread_local std::unique_ptr<float, Free> buffers[5];
+  thread_local int64_t sizes[5] = {};
   if (sizes[which] < count) {
     const int64_t bytes = (count * 4 + 63) / 64 * 64;
     buffers[which].reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
@@ -312,50 +314,62 @@ void copy(const View& from, int64_t rows, int64_t column, int count, float* to, 
 
 // ---------------------------------------------------------------- tiles
 
-// The left side of a product, as float32: number (r, k) is at `data[r * row + k * inner]`.
+// The left side of a product in float32: row by row, wherever each lies; or packed by tiles, each
+// `[inner, 16]` with its rows side by side.
 struct Left {
-  const float* data;
-  int64_t row, inner;
+  const float* const* rows;
+  const float* packed = nullptr;
 };
 
 // Brings rows [first, first + count) of the left side into float32, in place if they are.
 Left left_side(const View& a, int64_t first, int64_t count, int64_t inner) {
-  if (a.transposed) {  // `first` is a column of what is stored; tiles then read along it
-    const int64_t step = (count + kLanes - 1) / kLanes * kLanes;
-    float* to = scratch(0, inner * step);
-    for (int64_t c = 0; c < count; c += kLanes) {
-      View stored = a;
-      stored.transposed = false;
-      copy(stored, inner, first + c, std::min<int64_t>(kLanes, count - c), to + c, step);
+  if (a.transposed) {  // rows are columns of what is stored
+    const int64_t tiles = (count + kTileRows - 1) / kTileRows;
+    float* to = scratch(0, tiles * inner * kLanes);
+    View stored = a;
+    stored.transposed = false;
+    for (int64_t t = 0; t < tiles; t++) {
+      const int64_t wide = std::min<int64_t>(kTileRows, count - t * kTileRows);
+      copy(stored, inner, first + t * kTileRows, wide, to + t * inner * kLanes, kLanes);
     }
-    return {to, 1, step};
+    return {nullptr, to};
   }
-  if (a.type == Type::kFloat && !a.index) {
-    return {reinterpret_cast<const float*>(a.at(first, 0)), a.stride, 1};
+  thread_local std::vector<const float*> rows;
+  rows.resize(count);
+  if (a.type == Type::kFloat) {
+    for (int64_t r = 0; r < count; r++) {
+      rows[r] = reinterpret_cast<const float*>(a.at(first + r, 0));
+    }
+    return {rows.data()};
   }
   const int64_t step = (inner + kLanes - 1) / kLanes * kLanes;
   float* to = scratch(0, count * step);
   for (int64_t r = 0; r < count; r++) {
+    rows[r] = to + r * step;
     for (int64_t k = 0; k < inner; k += kLanes) {
       const int wide = std::min<int64_t>(kLanes, inner - k);
       *reinterpret_cast<LooseVec*>(to + r * step + k) = load(a.type, a.at(first + r, k), wide);
     }
   }
-  return {to, step, 1};
+  return {rows.data()};
 }
 
 // Rows x 32 sums from a packed panel `[inner, 32]`.
-template <int rows, bool along_rows>
-__attribute__((always_inline)) inline void tile(
-    const float* a, int64_t step, const float* panel, int64_t inner, Vec (&sums)[rows][2]) {
+template <int rows, bool packed>
+__attribute__((always_inline)) inline void tile(const Left& a, int64_t row, const float* panel,
+                                                int64_t inner, Vec (&sums)[rows][2]) {
+  const float* from[rows];
 #pragma GCC unroll 14
-  for (int i = 0; i < rows; i++) sums[i][0] = sums[i][1] = Vec{};
+  for (int i = 0; i < rows; i++) {
+    from[i] = packed ? a.packed + row * inner / kTileRows * kLanes : a.rows[row + i];
+    sums[i][0] = sums[i][1] = Vec{};
+  }
   for (int64_t k = 0; k < inner; k++) {
     const Vec b0 = *reinterpret_cast<const Vec*>(panel + k * kPanel);
     const Vec b1 = *reinterpret_cast<const Vec*>(panel + k * kPanel + kLanes);
 #pragma GCC unroll 14
     for (int i = 0; i < rows; i++) {
-      const float value = along_rows ? a[k * step + i] : a[i * step + k];
+      const float value = packed ? from[0][k * kLanes + i] : from[i][k];
       sums[i][0] += value * b0;
       sums[i][1] += value * b1;
     }
@@ -394,7 +408,7 @@ __attribute__((always_inline)) inline void thin(
       Vec value = load<type>(from);
       if constexpr (type == Type::kInt8) value *= scale[v];
 #pragma GCC unroll 8
-      for (int i = 0; i < rows; i++) sums[i][v] += a.data[i * a.row + k] * value;
+      for (int i = 0; i < rows; i++) sums[i][v] += a.rows[i][k] * value;
     }
   }
 }
@@ -414,8 +428,8 @@ template <int rows, class Put>
 void put_tile(const Left& a, const float* panel, const Shape& s, int64_t row, int64_t column,
               int64_t end, Put& put) {
   Vec sums[rows][2];
-  if (a.row == 1 && a.inner != 1) tile<rows, true>(a.data + row, a.inner, panel, s.inner, sums);
-  else tile<rows, false>(a.data + row * a.row, a.row, panel, s.inner, sums);
+  if (a.packed) tile<rows, true>(a, row, panel, s.inner, sums);
+  else tile<rows, false>(a, row, panel, s.inner, sums);
   for (int i = 0; i < rows; i++) put(row + i, column, sums[i][0], sums[i][1], end - column);
 }
 
@@ -460,7 +474,9 @@ void packed(const Left& a, const View& b, const Shape& s, int64_t column, int64_
   const auto calls = tiles<Put>(std::make_index_sequence<kTileRows>());
   float* panels = scratch(1, s.inner * kPanel * kPanels);
   while (column < end) {
-    const int64_t whole = b.transposed ? 0 : std::min(kPanels, (end - column) / s.width());
+    const int64_t fit = std::max<int64_t>(1, kPacked / (s.inner * kPanel + 1));
+    const int64_t whole =
+        b.transposed ? 0 : std::min({fit, kPanels, (end - column) / s.width()});
     switch (whole ? b.type : Type::kFloat) {
       case Type::kFloat: copy_panels<Type::kFloat>(b, s, column, whole, panels); break;
       case Type::kBfloat16: copy_panels<Type::kBfloat16>(b, s, column, whole, panels); break;
@@ -468,13 +484,14 @@ void packed(const Left& a, const View& b, const Shape& s, int64_t column, int64_
       default: copy_panels<Type::kInt8>(b, s, column, whole, panels);
     }
     if (!whole) copy_panel(b, s, column, end - column, panels);
-    for (int64_t p = 0; p < std::max<int64_t>(1, whole); p++, column += s.width()) {
-      const float* panel = panels + p * s.inner * kPanel;
-      for (int64_t row = 0; row < s.rows; row += kTileRows) {
-        const int64_t count = std::min<int64_t>(kTileRows, s.rows - row);
-        calls[count - 1](a, panel, s, row, column, end, put);
+    const int64_t count = std::max<int64_t>(1, whole);
+    for (int64_t row = 0; row < s.rows; row += kTileRows) {
+      const int64_t high = std::min<int64_t>(kTileRows, s.rows - row);
+      for (int64_t p = 0; p < count; p++) {
+        calls[high - 1](a, panels + p * s.inner * kPanel, s, row, column + p * s.width(), end, put);
       }
     }
+    column += count * s.width();
   }
 }
 
@@ -516,7 +533,7 @@ auto thin_calls(std::index_sequence<n...>) {
 template <class Put>
 void product(const Left& a, const View& b, const Shape& s, int64_t column, int64_t end, Put& put) {
   if (s.rows == 0) return;
-  if (s.rows <= kThinRows && !b.transposed && !b.index && a.inner == 1) {
+  if (s.rows <= kThinRows && !b.transposed && !b.index && !a.packed) {
     constexpr auto rows = std::make_index_sequence<kThinRows>();
     switch (b.type) {
       case Type::kFloat:
@@ -554,13 +571,23 @@ struct Groups {
   }
 };
 
-// Columns a task takes: enough that its rows are worth bringing in, few enough to share out.
-int64_t column_share(const Groups& g, int64_t rows) {
-  const int64_t tasks = 4 * Threads::shared().count();
+// Splits `rows` evenly into blocks of at most `kRowBlock`, whole tiles each.
+int64_t block_of(int64_t rows) {
+  const int64_t blocks = std::max<int64_t>(1, (rows + kRowBlock - 1) / kRowBlock);
+  return std::max<int64_t>(1, ((rows + blocks - 1) / blocks + kTileRows - 1) / kTileRows) *
+         kTileRows;
+}
+
+// Columns a task takes: all, unless there are too few tasks to share out.
+int64_t column_share(const Groups& g) {
+  const int64_t wanted = 4 * Threads::shared().count();
+  int64_t tasks = 0;
+  for (int64_t e = 0; e < g.count && tasks < wanted; e++) {
+    tasks += (g.offsets[e + 1] - g.offsets[e] + kRowBlock - 1) / kRowBlock;
+  }
   const int64_t width = kPanels * (g.pair ? kLanes : kPanel);
-  const int64_t blocks = std::max<int64_t>(1, rows / kRowBlock);
-  const int64_t wanted = (g.columns * blocks + tasks - 1) / tasks;
-  return std::max<int64_t>(width, std::min<int64_t>(wanted, 1024) / width * width);
+  const int64_t parts = (wanted + tasks) / std::max<int64_t>(1, tasks);
+  return std::max<int64_t>(width, (g.columns / parts + width - 1) / width * width);
 }
 
 // Any order: `put` gets rows of the whole `a`, and no two tasks the same numbers.
@@ -568,10 +595,11 @@ template <class Put>
 void grouped(const Groups& g, const Put& put) {
   struct Task { int64_t group, row, rows, column; };
   std::vector<Task> tasks;
-  const int64_t share = column_share(g, g.offsets[g.count]);
+  const int64_t share = column_share(g);
   for (int64_t e = 0; e < g.count; e++) {
-    for (int64_t row = g.offsets[e]; row < g.offsets[e + 1]; row += kRowBlock) {
-      const int64_t rows = std::min<int64_t>(kRowBlock, g.offsets[e + 1] - row);
+    const int64_t block = block_of(g.offsets[e + 1] - g.offsets[e]);
+    for (int64_t row = g.offsets[e]; row < g.offsets[e + 1]; row += block) {
+      const int64_t rows = std::min<int64_t>(block, g.offsets[e + 1] - row);
       for (int64_t c = 0; c < g.columns; c += share) tasks.push_back({e, row, rows, c});
     }
   }
@@ -593,8 +621,9 @@ void grouped_in_order(const Groups& g, const Put& put) {
   const int64_t share = std::max<int64_t>(1, (g.columns / parts + kPanel - 1) / kPanel) * kPanel;
   Threads::shared().run((g.columns + share - 1) / share, [&](int64_t i) {
     for (int64_t e = 0; e < g.count; e++) {
-      for (int64_t row = g.offsets[e]; row < g.offsets[e + 1]; row += kRowBlock) {
-        const int64_t rows = std::min<int64_t>(kRowBlock, g.offsets[e + 1] - row);
+      const int64_t block = block_of(g.offsets[e + 1] - g.offsets[e]);
+      for (int64_t row = g.offsets[e]; row < g.offsets[e + 1]; row += block) {
+        const int64_t rows = std::min<int64_t>(block, g.offsets[e + 1] - row);
         auto place = [&](int64_t r, int64_t column, Vec first, Vec second, int64_t count) {
           put(row + r, column, first, second, count);
         };
@@ -618,11 +647,11 @@ inline void each(int64_t column, Vec first, Vec second, int64_t count, const Vis
 // One matrix `[E, M, N]` for each group of rows: a_e^T b_e, where a_e is `[rows, M]`.
 void grouped_outer(const View& a, const View& b, int64_t m, int64_t n, int64_t count,
                    const int32_t* offsets, Type type, char* out) {
-  const int64_t share = 8 * kPanel;
-  const int64_t across = (n + share - 1) / share, down = (m + kRowBlock - 1) / kRowBlock;
+  const int64_t share = 8 * kPanel, block = block_of(m);
+  const int64_t across = (n + share - 1) / share, down = (m + block - 1) / block;
   Threads::shared().run(count * across * down, [&](int64_t i) {
     const int64_t e = i / (across * down), column = i % across * share;
-    const int64_t row = i / across % down * kRowBlock, rows = std::min(m - row, int64_t{kRowBlock});
+    const int64_t row = i / across % down * block, rows = std::min(m - row, block);
     const int64_t first = offsets[e], inner = offsets[e + 1] - first;
     View left = a, right = b;
     if (a.index) left.index += first; else left.data += first * a.stride * size_of(a.type);
@@ -673,8 +702,6 @@ void shared_rows(int64_t count, const std::function<void(int64_t, int64_t)>& vis
   });
 }
 
-using Floats = std::vector<float>;
-
 View floats(const float* data, int64_t stride) {
   return {reinterpret_cast<const char*>(data), Type::kFloat, stride};
 }
@@ -686,7 +713,7 @@ void run_experts(const View& x, int64_t tokens, const Experts& experts, const fl
                  char* y) {
   const int64_t inner = experts.inner, hidden = experts.hidden;
   const int64_t assignments = tokens * per_token;
-  std::unique_ptr<float[]> middle(new float[assignments * inner]);
+  float* middle = scratch(2, assignments * inner);
   View rows = x;
   rows.index = order;
   rows.share = per_token;
@@ -701,14 +728,10 @@ void run_experts(const View& x, int64_t tokens, const Experts& experts, const fl
             store(x.type, at, gate, real);
             store(x.type, at + inner * size, up, real);
           });
-  std::unique_ptr<float[]> wide;
-  float* sums = reinterpret_cast<float*>(y);
-  if (x.type != Type::kFloat) {
-    wide.reset(new float[tokens * hidden]);
-    sums = wide.get();
-  }
+  const bool narrow = x.type != Type::kFloat;
+  float* sums = narrow ? scratch(3, tokens * hidden) : reinterpret_cast<float*>(y);
   std::memset(sums, 0, tokens * hidden * 4);
-  grouped_in_order(experts.through_down(floats(middle.get(), inner), offsets),
+  grouped_in_order(experts.through_down(floats(middle, inner), offsets),
                    [&](int64_t row, int64_t column, Vec first, Vec second, int64_t count) {
                      const float gate = gates[order[row]];
                      float* to = sums + order[row] / per_token * hidden;
@@ -717,7 +740,7 @@ void run_experts(const View& x, int64_t tokens, const Experts& experts, const fl
                        store(Type::kFloat, p, load(Type::kFloat, p, real) + gate * value, real);
                      });
                    });
-  if (!wide) return;
+  if (!narrow) return;
   shared_rows(tokens, [&](int64_t first, int64_t end) {
     for (int64_t i = first * hidden; i < end * hidden; i += kLanes) {
       const int real = std::min<int64_t>(kLanes, end * hidden - i);
@@ -734,8 +757,8 @@ void run_experts_backward(const View& x, int64_t tokens, const Experts& experts,
                           float* dgates, Type weight, char* dup, char* ddown) {
   const int64_t inner = experts.inner, hidden = experts.hidden;
   const int64_t assignments = tokens * per_token;
-  std::unique_ptr<float[]> middle(new float[assignments * inner]);
-  std::unique_ptr<float[]> wide(new float[assignments * 2 * inner]);
+  float* middle = scratch(2, assignments * inner);
+  float* wide = scratch(3, assignments * 2 * inner);
   View rows = x, above = dy;
   rows.index = above.index = order;
   rows.share = above.share = per_token;
@@ -771,7 +794,7 @@ void run_experts_backward(const View& x, int64_t tokens, const Experts& experts,
     }
   });
   std::memset(dx, 0, tokens * hidden * 4);
-  Groups down = experts.through_up(floats(wide.get(), 2 * inner), offsets);  // [A, 2I] W_up^T
+  Groups down = experts.through_up(floats(wide, 2 * inner), offsets);  // [A, 2I] W_up^T
   down.b.transposed = true;
   down.inner = 2 * inner;
   down.columns = hidden;
@@ -783,9 +806,9 @@ void run_experts_backward(const View& x, int64_t tokens, const Experts& experts,
       store(Type::kFloat, p, load(Type::kFloat, p, real) + value, real);
     });
   });
-  grouped_outer(rows, floats(wide.get(), 2 * inner), hidden, 2 * inner, experts.count, offsets,
+  grouped_outer(rows, floats(wide, 2 * inner), hidden, 2 * inner, experts.count, offsets,
                 weight, dup);
-  grouped_outer(floats(middle.get(), inner), above, inner, hidden, experts.count, offsets, weight,
+  grouped_outer(floats(middle, inner), above, inner, hidden, experts.count, offsets, weight,
                 ddown);
 }
 
