@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.numpy import save
 
 from ds_model.checkpoint.mapped_file import READABLE, MappedFile
 from ds_model.checkpoint.reader import INDEX, SINGLE, TensorFiles
@@ -99,6 +100,18 @@ def test_shards_and_index_have_the_released_names(tmp_path):
     index = json.loads((tmp_path / INDEX).read_text())
     assert index["metadata"]["total_size"] == 120
     assert index["weight_map"]["t1"] == "model-00002-of-00003.safetensors"
+
+
+def test_the_file_is_the_one_that_safetensors_writes(tmp_path):
+    tensors = {
+        "b.weight": NUMBERS.normal(size=(3, 5)).astype(ml_dtypes.bfloat16),
+        "a.10.weight": NUMBERS.normal(size=(5, 7)).astype(ml_dtypes.bfloat16),
+        "a.2.weight": NUMBERS.normal(size=(1,)).astype(ml_dtypes.bfloat16),
+        "empty": np.empty((0, 4), ml_dtypes.bfloat16),
+        "c.bias": NUMBERS.normal(size=11).astype(np.float32),
+    }
+    write(tmp_path, tensors)
+    assert (tmp_path / SINGLE).read_bytes() == save(tensors, {"format": "pt"})
 
 
 def test_file_says_pt_and_can_be_read_by_others(tmp_path):

@@ -132,8 +132,9 @@ class TensorWriter:
     def _write_shard(self) -> None:
         draft = atomic.partial(self._directory / f"model-{len(self._drafts) + 1:05d}.safetensors")
         self._drafts.append(draft)
-        # Larger numbers first, so that each tensor lies at a multiple of its numbers' size.
-        order = sorted(self._pending.items(), key=lambda item: -item[1].dtype.itemsize)
+        # As safetensors orders them. Larger numbers first, so that each tensor lies at a multiple
+        # of its numbers' size.
+        order = sorted(self._pending.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
         try:
             with draft.open("wb") as file:
                 file.write(_header(order))
