@@ -108,9 +108,10 @@ def interfaces(session: nox.Session) -> None:
 
 @nox.session
 def tools(session: nox.Session) -> None:
-    """Test the workshop itself: interface check, layers, releases in a temporary clone."""
+    """Test the workshop itself: interface check, layers, releases, what the benchmark computes."""
     session.install(*nox.project.dependency_groups(GROUPS, "tools"))
-    session.run("pytest", "-q", "tools/tests", *session.posargs)
+    install_wheels(session, "ds-model", "ds-train[plot]")  # the benchmark counts their costs
+    session.run("pytest", "-q", "tools/tests", "bench/tests", *session.posargs, env=QUIET)
 
 
 @nox.session

@@ -6,6 +6,7 @@ import argparse
 import datetime as dt
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -14,12 +15,15 @@ from pathlib import Path
 
 from bench.environments import PEERS, PeerError
 from bench.found import TRANSFORMERS, Found, Missing
+from bench.growth import GROUPS, measure_growth
+from bench.guard import guard
+from bench.machine import machine
 from bench.measure import measure
 from bench.process import ROOT
-from bench.report import page, read_notes
+from bench.publish import publish
+from bench.startup import measure_startup
 from bench.systems import System, ours, peer
-from bench.tasks import PRESET, TASKS
-from ds_model import ModelConfig
+from bench.tasks import TASKS
 
 MODEL = ROOT / "build" / "bench" / "model"
 DOCS = ROOT / "docs"
@@ -30,62 +34,61 @@ def main(words: Sequence[str] | None = None) -> int:
     given = parser().parse_args(words)
     data = given.out / "assets" / "benchmarks.json"
     if given.render:
-        return render(Found.model_validate_json(data.read_text(encoding="utf-8")), given.out)
-    names = given.peers.split(",") if given.peers is not None else None
-    if names is None:
-        names = list(PEERS) if given.full else [TRANSFORMERS]
-    found = blank("full" if given.full else "short", given.threads, given.rounds)
-    systems = prepare([name for name in names if name], given.environments, found)
-    tasks = [
-        task
-        for task in TASKS
-        if (given.full or not task.long or given.rows) and task.key.startswith(given.rows)
-    ]
-    measure(systems, tasks, given.threads, found)
-    return render(found, given.out)
+        publish(read(data), given.out)
+        return 0
+    write_model()
+    if given.guard:
+        return guard(MODEL, given.threads, given.rounds, write=given.write)
+    groups = [name for name in given.growth.split(",") if name]
+    if groups or given.startup:  # renewed alone, beside what the last run found
+        found = read(data)
+    else:
+        found = blank("full" if given.full else "short", given.threads, given.rounds)
+        compare(given, found)
+    groups = list(GROUPS) if given.full else groups
+    if groups:
+        kept = [point for point in found.growth if point["group"] not in groups]
+        found.growth = kept + measure_growth(str(MODEL), groups)
+    if given.full or given.startup:
+        found.startup = measure_startup(str(MODEL))
+    publish(found, given.out)
+    return 0
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line's."""
     made = argparse.ArgumentParser(prog="bench", description=__doc__)
-    made.add_argument("--full", action="store_true", help="all peers, all rows")
-    made.add_argument("--peers", help=f"comma-separated, instead of the usual: {', '.join(PEERS)}")
-    made.add_argument("--rows", default="", help="only tasks whose name starts so: decode-1x512")
-    made.add_argument("--rounds", type=int, default=5)
-    made.add_argument("--threads", type=int, default=os.cpu_count())
-    made.add_argument("--out", type=Path, default=DOCS, help="for benchmarks.md and assets/")
-    made.add_argument("--render", action="store_true", help="write the page again, measure nothing")
-    made.add_argument("--environments", type=Path, default=ROOT / ".nox" / "bench")
+    flag = made.add_argument
+    flag("--full", action="store_true", help="all peers and rows, how cost grows, start-up")
+    flag("--peers", help=f"comma-separated, instead of the usual: {', '.join(PEERS)}")
+    flag("--rows", default="", help="comma-separated: only tasks whose names start so")
+    flag("--growth", default="", help=f"renew only some of how cost grows: {','.join(GROUPS)}")
+    flag("--startup", action="store_true", help="renew only start-up")
+    flag("--render", action="store_true", help="write the page again from its data and the notes")
+    flag("--guard", action="store_true", help="no peers: hold us to the floors in floors.json")
+    flag("--write", action="store_true", help="with --guard: renew the floors")
+    flag("--rounds", type=int, default=5, help="pairs of runs for each peer [5]")
+    flag("--threads", type=int, default=os.cpu_count(), help="for each system [all]")
+    flag("--out", type=Path, default=DOCS, help="for benchmarks.md and assets/ [docs]")
+    flag("--environments", type=Path, default=ROOT / ".nox" / "bench", help="where peers lie")
     return made
 
 
-def blank(scope: str, threads: int, rounds: int) -> Found:
-    """Return what is known before anything is measured."""
-    return Found(
-        scope=scope,
-        date=dt.datetime.now(tz=dt.UTC).date().isoformat(),
-        machine={
-            "processor": processor(),
-            "processors": str(os.cpu_count()),
-            "memory": f"{memory_gib():.0f} GiB",
-            "system": platform.system(),
-            "python": platform.python_version(),
-        },
-        threads=threads,
-        rounds=rounds,
-        versions={},
-    )
+def compare(given: argparse.Namespace, found: Found) -> None:
+    """Time us beside the peers that the words ask for."""
+    usual = list(PEERS) if given.full else [TRANSFORMERS]
+    names = usual if given.peers is None else [name for name in given.peers.split(",") if name]
+    tasks = [
+        task
+        for task in TASKS
+        if (given.full or not task.long or given.rows)
+        and task.key.startswith(tuple(given.rows.split(",")))
+    ]
+    measure(prepare(names, given.environments, found), tasks, given.threads, found)
 
 
 def prepare(names: Sequence[str], environments: Path, found: Found) -> list[System]:
-    """Write the model and install the peers; one that can't be had is noted."""
-    print("writing the model ...", file=sys.stderr, flush=True)
-    subprocess.run(
-        [sys.executable, "-m", "bench.weights", str(MODEL)],
-        cwd=ROOT,
-        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"},
-        check=True,
-    )
+    """Install the peers; one that can't be had is noted."""
     systems = [ours(MODEL)]
     for name in names:
         try:
@@ -96,35 +99,37 @@ def prepare(names: Sequence[str], environments: Path, found: Found) -> list[Syst
     return systems
 
 
-def render(found: Found, out: Path) -> int:
-    """Write the data and the page."""
-    (out / "assets").mkdir(parents=True, exist_ok=True)
-    data = found.model_dump_json(indent=1) + "\n"
-    (out / "assets" / "benchmarks.json").write_text(data, encoding="utf-8")
-    text = page(found, ModelConfig.preset(PRESET), read_notes(ROOT / "bench" / "notes.md"))
-    (out / "benchmarks.md").write_text(text, encoding="utf-8")
-    print(text)
-    return 0
-
-
-def processor() -> str:
-    """Return the processor's name and what matters here of what it can do."""
-    info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    lines = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
-    fields = {name.strip(): value.strip() for name, value in lines.items()}
-    flags = fields.get("flags", "").split()
-    known = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
-    return " ".join(
-        [fields.get("model name", platform.machine()), *(flag for flag in known if flag in flags)]
+def write_model() -> None:
+    """Write the model that all are given."""
+    print(f"writing the model to {MODEL.relative_to(ROOT)} ...", file=sys.stderr, flush=True)
+    subprocess.run(
+        [sys.executable, "-m", "bench.weights", str(MODEL)],
+        cwd=ROOT,
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"},
+        check=True,
     )
 
 
-def memory_gib() -> float:
-    """Return how much memory the machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+def blank(scope: str, threads: int, rounds: int) -> Found:
+    """Return what is known before anything is measured."""
+    return Found(
+        scope=scope,
+        date=dt.datetime.now(tz=dt.UTC).date().isoformat(),
+        machine=machine() | {"python": platform.python_version()},
+        threads=threads,
+        rounds=rounds,
+        versions={},
+    )
+
+
+def read(data: Path) -> Found:
+    """Return what an earlier run found."""
+    return Found.model_validate_json(data.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
+    # As an interrupt does: leave through the blocks that end the workers.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     started = time.monotonic()
     status = main()
     print(f"took {(time.monotonic() - started) / 60:.1f} minutes", file=sys.stderr)

@@ -44,7 +44,7 @@ def _start(
             continue
         _say(f"starting {system.name}, {precision}")
         start = time.perf_counter()
-        process = system.start(precision, threads)
+        process = system.start(precision, threads, thorough=found.scope == "full")
         try:
             found.versions |= process.ask("versions")
             found.loading[f"{system.name}, {precision}"] = time.perf_counter() - start

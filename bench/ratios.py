@@ -50,4 +50,4 @@ def pair_order(round_index: int, peers: Sequence[str]) -> list[tuple[str, bool]]
     """
     start = round_index % len(peers) if peers else 0
     turned = [*peers[start:], *peers[:start]]
-    return [(peer, (round_index + place) % 2 == 0) for place, peer in enumerate(turned)]
+    return [(peer, (round_index + peers.index(peer)) % 2 == 0) for peer in turned]

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from bench.cost import limit_speed
 from bench.found import OURS, TRANSFORMERS, Found, Row, Speed
+from bench.growth_report import growth_section
+from bench.startup_report import startup_section
 from bench.tables import (
     DASH,
     agreement_table,
@@ -36,7 +38,7 @@ def page(found: Found, config: ModelConfig, notes: dict[str, str]) -> str:
     Args:
         found: what was measured.
         config: the model that was measured.
-        notes: text by the key of a row, and under "" what stands before the first.
+        notes: text by heading; see bench/notes.md.
     """
     sections = [
         _head(found, config),
@@ -45,22 +47,21 @@ def page(found: Found, config: ModelConfig, notes: dict[str, str]) -> str:
         agreement_table(found),
         speeds_table(found),
         first_runs_table(found),
+        growth_section(found.growth, notes),
+        startup_section(found.startup, notes),
         conditions(found),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
 def read_notes(path: Path) -> dict[str, str]:
-    """Return the notes by heading; `## KEY` starts one, and the file may be missing."""
-    found: dict[str, list[str]] = {"": []}
-    key = ""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    for line in lines:
+    """Return the notes by heading (`## KEY`); what stands before the first is for their writer."""
+    found: dict[str, list[str]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("## "):
-            key = line[3:].strip()
-            found[key] = []
-        elif not line.startswith("# "):
-            found[key].append(line)
+            lines = found.setdefault(line[3:].strip(), [])
+        elif found:
+            lines.append(line)
     return {key: "\n".join(lines).strip() for key, lines in found.items()}
 
 
@@ -125,7 +126,7 @@ tokens. Compare the ratios, not the seconds."""
 
 def _rows(found: Found, config: ModelConfig, notes: dict[str, str]) -> str:
     lines = [BESIDE]
-    remarks = [notes[""]] if notes.get("") else []
+    remarks = [notes["general"]] if notes.get("general") else []
     for row in found.rows:
         lines.append(_row(row, found, config))
         if notes.get(row.task.key):

@@ -38,10 +38,11 @@ class System:
     precisions: tuple[Precision, ...]
     variables: dict[str, str] = field(default_factory=dict)
 
-    def start(self, precision: Precision, threads: int) -> Process:
-        """Start a worker at one precision."""
+    def start(self, precision: Precision, threads: int, *, thorough: bool) -> Process:
+        """Start a worker at one precision, which tries all its modes if it is to be thorough."""
         command = [str(self.python), "-m", self.module, "--model", str(self.model)]
         command += ["--precision", precision, "--threads", str(threads)]
+        command += ["--thorough"] if thorough else []
         return Process(command, {"OMP_NUM_THREADS": str(threads), **self.variables})
 
 

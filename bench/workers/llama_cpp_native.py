@@ -24,8 +24,8 @@ MICRO_BATCH = 512  # tokens of one pass over a prompt, as by default
 class LlamaCpp(Worker):
     """One GGUF file; a context for each task."""
 
-    def __init__(self, model: Path, precision: Precision, threads: int) -> None:
-        super().__init__(model, precision, threads)
+    def __init__(self, model: Path, precision: Precision, threads: int, *, thorough: bool) -> None:
+        super().__init__(model, precision, threads, thorough=thorough)
         cpp.llama_backend_init()
         self._quiet = cpp.llama_log_callback(lambda *_: None)  # kept: C calls it later
         cpp.llama_log_set(self._quiet, None)
@@ -66,15 +66,20 @@ class LlamaCpp(Worker):
 
     @contextmanager
     def _sequences(self, count: int, length: int) -> Iterator[Sequences]:
-        made = Sequences(self._lm, count, length, self.threads, self.vocab_size())
+        made = self._context(count, length)
         try:
             yield made
         finally:
             made.close()
 
+    def _context(self, count: int, length: int) -> Sequences:
+        size = self.vocab_size()
+        exact = self.precision == "float32"
+        return Sequences(self._lm, count, length, self.threads, size, exact=exact)
+
     def _prefill(self, task: Task) -> Run:
         ids = task.ids(self.vocab_size())
-        sequences = Sequences(self._lm, task.batch, task.length, self.threads, self.vocab_size())
+        sequences = self._context(task.batch, task.length)
 
         def run() -> Timed:
             sequences.clear()
@@ -86,7 +91,7 @@ class LlamaCpp(Worker):
 
     def _decode(self, task: Task) -> Run:
         room = task.length + task.new
-        sequences = Sequences(self._lm, task.batch, room, self.threads, self.vocab_size())
+        sequences = self._context(task.batch, room)
         first = sequences.feed(task.ids(self.vocab_size()), 0).argmax(-1)
 
         def run() -> Timed:
@@ -103,7 +108,9 @@ class LlamaCpp(Worker):
 class Sequences:
     """A context with one cache for each of several sequences of one length."""
 
-    def __init__(self, model: object, count: int, length: int, threads: int, vocab: int) -> None:
+    def __init__(
+        self, model: object, count: int, length: int, threads: int, vocab: int, *, exact: bool
+    ) -> None:
         self._count, self._vocab = count, vocab
         wanted = cpp.llama_context_default_params()
         wanted.n_ctx = count * length
@@ -112,6 +119,8 @@ class Sequences:
         wanted.n_threads = wanted.n_threads_batch = threads
         wanted.n_seq_max = count
         wanted.kv_unified = False  # a cache each: a row then reads its own tokens only
+        if exact:  # its caches hold 16-bit numbers otherwise
+            wanted.type_k = wanted.type_v = cpp.GGML_TYPE_F32
         self._context = cpp.llama_init_from_model(model, wanted)
         if not self._context:
             raise RuntimeError(f"llama.cpp makes no context for {count} x {length} tokens")
@@ -148,9 +157,14 @@ class Sequences:
             cpp.llama_memory_seq_rm(self._memory, row, position, -1)
 
     def close(self) -> None:
-        """Give the memory back."""
-        cpp.llama_batch_free(self._batch)
-        cpp.llama_free(self._context)
+        """Give the memory back; done once, also when the last run that needs it is forgotten."""
+        if self._context:
+            cpp.llama_batch_free(self._batch)
+            cpp.llama_free(self._context)
+            self._context = None
+
+    def __del__(self) -> None:
+        self.close()
 
 
 if __name__ == "__main__":

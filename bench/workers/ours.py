@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from queue import Queue
+from typing import Any
 
 import keras
 import numpy as np
@@ -24,8 +25,8 @@ FOREVER = 1_000_000  # steps that a stepping trainer is told to do; it is stoppe
 class Ours(Worker):
     """Our model, generation and trainer."""
 
-    def __init__(self, model: Path, precision: Precision, threads: int) -> None:
-        super().__init__(model, precision, threads)
+    def __init__(self, model: Path, precision: Precision, threads: int, *, thorough: bool) -> None:
+        super().__init__(model, precision, threads, thorough=thorough)
         tf.config.threading.set_intra_op_parallelism_threads(threads)
         tf.config.threading.set_inter_op_parallelism_threads(1)
         self._lm = load(model, precision)
@@ -116,9 +117,10 @@ class Stepping(Callback):
     """A trainer that does one step when told: its loop runs in a thread and waits between steps.
 
     The loss is the cross entropy alone and the router's biases stand still, as in the peers.
+    What `train_table` holds goes to the trainer's `[train]`.
     """
 
-    def __init__(self, model: Path, task: Task, vocab_size: int) -> None:
+    def __init__(self, model: Path, task: Task, vocab_size: int, **train_table: Any) -> None:
         self._go: Queue[None] = Queue()
         self._done: Queue[StepMetrics | None] = Queue()
         self._error: Exception | None = None
@@ -132,6 +134,7 @@ class Stepping(Callback):
                     "batch_size": task.batch,
                     "steps": FOREVER,
                     "dtype_policy": "float32" if precise else "mixed_bfloat16",
+                    **train_table,
                 },
                 "checkpoint": {"every": FOREVER},
             }

@@ -22,8 +22,8 @@ BATCHED_TOKENS = 4096  # tokens of one engine step: more than its default, and f
 class Vllm(Worker):
     """One engine; requests go in together, as from clients that ask at once."""
 
-    def __init__(self, model: Path, precision: Precision, threads: int) -> None:
-        super().__init__(model, precision, threads)
+    def __init__(self, model: Path, precision: Precision, threads: int, *, thorough: bool) -> None:
+        super().__init__(model, precision, threads, thorough=thorough)
         self._engine = LLM(
             str(model),
             dtype=precision,
