@@ -2,13 +2,15 @@
 
 from ds_attention.cache import LatentCache, MemoryReport, causal_mask, memory_report
 from ds_attention.config import AttentionConfig
+from ds_attention.mask import CausalMask
 from ds_attention.mha import MultiHeadAttention
 from ds_attention.mla import MultiHeadLatentAttention
 from ds_attention.rms_norm import RMSNorm
-from ds_attention.rope import YarnConfig, apply_rope, rope_frequencies
+from ds_attention.rope import YarnConfig, apply_rope, rope_frequencies, rope_rotation
 
 __all__ = [
     "AttentionConfig",
+    "CausalMask",
     "LatentCache",
     "MemoryReport",
     "MultiHeadAttention",
@@ -19,4 +21,5 @@ __all__ = [
     "causal_mask",
     "memory_report",
     "rope_frequencies",
+    "rope_rotation",
 ]

@@ -15,12 +15,13 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from ds_attention.cache import LatentCache, causal_mask
+from ds_attention.cache import LatentCache
 from ds_attention.config import AttentionConfig
+from ds_attention.mask import CausalMask
 from ds_attention.rms_norm import RMSNorm
-from ds_attention.rope import apply_rope
+from ds_attention.rope import apply_rope, rope_rotation
 from ds_attention.softmax import masked_softmax
-from ds_precision import Linear
+from ds_precision import Linear, fused_attention, use_kernels
 
 
 @keras.saving.register_keras_serializable(package="ds_attention")
@@ -37,6 +38,8 @@ class MultiHeadLatentAttention(keras.layers.Layer):
         **kwargs: of `keras.layers.Layer`.
     """
 
+    # Queries that attend at a time where attention is not one compiled operation.
+    QUERY_BLOCK = 256
     # The latents' norms use this epsilon in the reference whatever `rms_norm_eps` says.
     LATENT_EPSILON = 1e-6
 
@@ -93,15 +96,15 @@ class MultiHeadLatentAttention(keras.layers.Layer):
         self,
         x: tf.Tensor,
         positions: tf.Tensor | None = None,
-        attention_mask: tf.Tensor | None = None,
+        attention_mask: tf.Tensor | CausalMask | None = None,
     ) -> tf.Tensor:
         """Attend within one sequence.
 
         Args:
             x: `[B, S, hidden_size]`.
             positions: `[B, S]` or `[1, S]`, integer; 0, 1, 2, ... if `None`.
-            attention_mask: `[B or 1, S, S]` boolean, true where query i may see key j;
-                causal if `None`.
+            attention_mask: a `CausalMask`, with which no tensor of queries by keys is held; or
+                `[B or 1, S, S]` boolean, true where query i may see key j. Causal if `None`.
 
         Returns:
             `[B, S, hidden_size]` in the compute type.
@@ -109,9 +112,9 @@ class MultiHeadLatentAttention(keras.layers.Layer):
         steps = tf.range(tf.shape(x)[1])[None]
         positions = steps if positions is None else positions
         if attention_mask is None:
-            attention_mask = causal_mask(steps, tf.shape(x)[1])
-        q_nope, q_rope = self._queries(x, positions)
-        return self._attend_expanded(q_nope, q_rope, self._compress(x, positions), attention_mask)
+            attention_mask = CausalMask(steps, tf.shape(x)[1])
+        entries = self._compress(x, positions)
+        return self._attend_expanded(self._raw_queries(x), positions, entries, attention_mask)
 
     def attend(
         self,
@@ -119,7 +122,7 @@ class MultiHeadLatentAttention(keras.layers.Layer):
         cache: LatentCache,
         slots: tf.Tensor,
         positions: tf.Tensor,
-        attention_mask: tf.Tensor,
+        attention_mask: tf.Tensor | CausalMask,
         absorb: bool = True,
     ) -> tuple[tf.Tensor, LatentCache]:
         """Write new tokens to the cache and attend to all that it holds.
@@ -129,7 +132,7 @@ class MultiHeadLatentAttention(keras.layers.Layer):
             cache: of this layer, with L slots.
             slots: `[B, S]` or `[1, S]`: where the new tokens go.
             positions: `[B, S]` or `[1, S]`: what RoPE sees.
-            attention_mask: `[B or 1, S, L]` boolean, see `causal_mask`.
+            attention_mask: a `CausalMask`, or `[B or 1, S, L]` boolean.
             absorb: attend in the latent space (cheap for few new tokens) instead of
                 expanding keys and values of all L slots.
 
@@ -137,26 +140,38 @@ class MultiHeadLatentAttention(keras.layers.Layer):
             `[B, S, hidden_size]` and the cache with the new tokens in it.
         """
         x = tf.cast(x, self.compute_dtype)
-        q_nope, q_rope = self._queries(x, positions)
         cache = cache.write(self._compress(x, positions), slots)
-        attend = self._attend_absorbed if absorb else self._attend_expanded
         entries = tf.cast(cache.entries, x.dtype)
-        return attend(q_nope, q_rope, entries, attention_mask), cache
+        if not absorb:
+            q = self._raw_queries(x)
+            return self._attend_expanded(q, positions, entries, attention_mask), cache
+        if isinstance(attention_mask, CausalMask):
+            attention_mask = attention_mask.dense()
+        q_nope, q_rope = self._queries(x, positions)
+        return self._attend_absorbed(q_nope, q_rope, entries, attention_mask), cache
 
     def _rope(self, x: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
         c = self.config
         return apply_rope(x, positions, c.rope_theta, c.rope_scaling, c.rope_interleave)
 
-    def _queries(self, x_BSD: tf.Tensor, positions: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Return `q_nope [B, S, H, N]` and the rotated `q_rope [B, S, H, R]` (eq. 6-9)."""
+    def _raw_queries(self, x_BSD: tf.Tensor) -> tf.Tensor:
+        """Return `[B, S, H, N + R]`, not yet rotated (eq. 6-7)."""
         c = self.config
         if c.q_lora_rank is None:
             q = self.q_proj(x_BSD)
         else:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BSD)))
-        q_BSHQ = tf.reshape(q, [*_leading(q), c.num_attention_heads, c.qk_head_dim])
+        return tf.reshape(q, [*_leading(q), c.num_attention_heads, c.qk_head_dim])
+
+    def _rotated(self, q_BSHQ: tf.Tensor, positions: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Return `q_nope [B, S, H, N]` and the rotated `q_rope [B, S, H, R]` (eq. 8-9)."""
+        c = self.config
         q_nope, q_rope = tf.split(q_BSHQ, [c.qk_nope_head_dim, c.qk_rope_head_dim], axis=-1)
         return q_nope, self._rope(q_rope, positions)
+
+    def _queries(self, x_BSD: tf.Tensor, positions: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Return both parts of the queries, ready to attend."""
+        return self._rotated(self._raw_queries(x_BSD), positions)
 
     def _compress(self, x_BSD: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
         """Return what the cache holds: normed latent and rotated key, `[B, S, C + R]`."""
@@ -167,22 +182,37 @@ class MultiHeadLatentAttention(keras.layers.Layer):
         return tf.concat([self.kv_a_layernorm(latent), self._rope(k_rope, positions)], axis=-1)
 
     def _attend_expanded(
-        self, q_nope: tf.Tensor, q_rope: tf.Tensor, entries: tf.Tensor, mask: tf.Tensor
+        self,
+        q_BSHQ: tf.Tensor,
+        positions: tf.Tensor,
+        entries: tf.Tensor,
+        mask: tf.Tensor | CausalMask,
     ) -> tf.Tensor:
         """Make keys and values of the latent, then attend as usual (eq. 10-11)."""
         c = self.config
-        heads = c.num_attention_heads
         latent, k_rope = tf.split(entries, [c.kv_lora_rank, c.qk_rope_head_dim], axis=-1)
         kv = self.kv_b_proj(latent)
-        kv = tf.reshape(kv, [*_leading(kv), heads, c.qk_nope_head_dim + c.v_head_dim])
+        width = c.qk_nope_head_dim + c.v_head_dim
+        kv = tf.reshape(kv, [*_leading(kv), c.num_attention_heads, width])
+        if isinstance(mask, CausalMask) and use_kernels(q_BSHQ):
+            rotation = rope_rotation(positions, c.qk_rope_head_dim, c.rope_theta, c.rope_scaling)
+            shape = tf.broadcast_dynamic_shape(tf.shape(positions), tf.shape(mask.slots))
+            valid = None if mask.valid is None else tf.cast(mask.valid, tf.bool)
+            out = fused_attention(
+                q_BSHQ,
+                kv,
+                k_rope,
+                [tf.broadcast_to(part, tf.concat([shape, [part.shape[-1]]], 0)) for part in rotation],
+                tf.broadcast_to(tf.cast(mask.slots, tf.int32), shape),
+                valid,
+                c.score_scale,
+                c.rope_interleave,
+            )
+            return self._project(out)
+        q = tf.concat(self._rotated(q_BSHQ, positions), axis=-1) * c.score_scale
         k_nope, v_BLHV = tf.split(kv, [c.qk_nope_head_dim, c.v_head_dim], axis=-1)
-        k_rope = tf.repeat(k_rope[:, :, None], heads, axis=2)
-        q_BHSQ = tf.transpose(tf.concat([q_nope, q_rope], axis=-1), [0, 2, 1, 3])
-        k_BHLQ = tf.transpose(tf.concat([k_nope, k_rope], axis=-1), [0, 2, 1, 3])
-        scores = tf.matmul(q_BHSQ * c.score_scale, k_BHLQ, transpose_b=True)
-        weights = masked_softmax(scores, mask[:, None])
-        out = tf.matmul(weights, tf.transpose(v_BLHV, [0, 2, 1, 3]))
-        return self._project(tf.transpose(out, [0, 2, 1, 3]))
+        k_rope = tf.repeat(k_rope[:, :, None], c.num_attention_heads, axis=2)
+        return self._project(_attend(q, tf.concat([k_nope, k_rope], axis=-1), v_BLHV, mask))
 
     def _attend_absorbed(
         self, q_nope: tf.Tensor, q_rope: tf.Tensor, entries: tf.Tensor, mask: tf.Tensor
@@ -219,6 +249,41 @@ class MultiHeadLatentAttention(keras.layers.Layer):
     def get_config(self) -> dict[str, Any]:
         """Return what `from_config` needs to make an equal layer."""
         return super().get_config() | {"config": self.config.to_dict()}
+
+
+def _attend(
+    q_BSHQ: tf.Tensor, k_BLHQ: tf.Tensor, v_BLHV: tf.Tensor, mask: tf.Tensor | CausalMask
+) -> tf.Tensor:
+    """Attend with stock operations; under a `CausalMask` a block of queries at a time."""
+    k_BHLQ = tf.transpose(k_BLHQ, [0, 2, 1, 3])
+    v_BHLV = tf.transpose(v_BLHV, [0, 2, 1, 3])
+
+    def attend(q: tf.Tensor, allowed: tf.Tensor) -> tf.Tensor:
+        scores = tf.matmul(tf.transpose(q, [0, 2, 1, 3]), k_BHLQ, transpose_b=True)
+        out = tf.matmul(masked_softmax(scores, allowed[:, None]), v_BHLV)
+        return tf.transpose(out, [0, 2, 1, 3])
+
+    if not isinstance(mask, CausalMask):
+        return attend(q_BSHQ, mask)
+    size, count = MultiHeadLatentAttention.QUERY_BLOCK, q_BSHQ.shape[1]
+    if count is not None and count <= size:
+        return attend(q_BSHQ, mask.dense())
+    count = tf.shape(q_BSHQ)[1]
+
+    def block(first: tf.Tensor, out: tf.TensorArray) -> tuple[tf.Tensor, tf.TensorArray]:
+        end = tf.minimum(first + size, count)
+        found = attend(q_BSHQ[:, first:end], mask.queries(first, end).dense())
+        return first + size, out.write(first // size, tf.transpose(found, [1, 0, 2, 3]))
+
+    blocks = tf.TensorArray(
+        q_BSHQ.dtype, (count + size - 1) // size, infer_shape=False, element_shape=[None] * 4
+    )
+    # One block after another: two at once would hold twice the weights.
+    _, blocks = tf.while_loop(
+        lambda first, _: first < count, block, (tf.constant(0), blocks), parallel_iterations=1
+    )
+    out_SBHV = tf.ensure_shape(blocks.concat(), [None, None, *v_BLHV.shape[2:]])
+    return tf.transpose(out_SBHV, [1, 0, 2, 3])
 
 
 def _leading(x: tf.Tensor) -> list[int | tf.Tensor]:

@@ -108,6 +108,25 @@ def _interpolation_ramp(dim: int, theta: float, yarn: YarnConfig) -> np.ndarray:
     return np.clip((pairs - low) / (high - low), 0, 1).astype(np.float32)
 
 
+def rope_rotation(
+    positions: tf.Tensor, dim: int, theta: float = 10000.0, yarn: YarnConfig | None = None
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Return what rotates each pair at each position.
+
+    Args:
+        positions: `[B, S]` or `[1, S]`, integer.
+        dim: number of rotary dimensions R, even.
+        theta: RoPE's base.
+        yarn: how the context was extended, if it was; its factor is in the result.
+
+    Returns:
+        Cosines and sines, each `[B or 1, S, R / 2]` float32.
+    """
+    angles = tf.cast(positions, tf.float32)[..., None] * rope_frequencies(dim, theta, yarn)
+    scale = 1.0 if yarn is None else yarn.rotation_scale
+    return tf.cos(angles) * scale, tf.sin(angles) * scale
+
+
 def apply_rope(
     x: tf.Tensor,
     positions: tf.Tensor,
@@ -130,11 +149,8 @@ def apply_rope(
     Returns:
         The rotated `x`, same shape and type. Angles are computed in float32.
     """
-    dim = x.shape[-1]
-    angles = tf.cast(positions, tf.float32)[..., None] * rope_frequencies(dim, theta, yarn)
-    scale = 1.0 if yarn is None else yarn.rotation_scale
-    cos = tf.cast(tf.cos(angles) * scale, x.dtype)
-    sin = tf.cast(tf.sin(angles) * scale, x.dtype)
+    rotation = rope_rotation(positions, x.shape[-1], theta, yarn)
+    cos, sin = (tf.cast(part, x.dtype) for part in rotation)
     if x.shape.rank == 4:
         cos, sin = cos[:, :, None], sin[:, :, None]
     first, second = (x[..., 0::2], x[..., 1::2]) if interleave else tf.split(x, 2, axis=-1)

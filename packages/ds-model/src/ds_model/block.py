@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from ds_attention import LatentCache, MultiHeadLatentAttention, RMSNorm
+from ds_attention import CausalMask, LatentCache, MultiHeadLatentAttention, RMSNorm
 from ds_model.config import ModelConfig
 from ds_moe import MixtureOfExperts, Routing, SwiGLU
 from ds_precision import Linear
@@ -23,13 +23,14 @@ class Window(NamedTuple):
 
     Attributes:
         positions: `[B or 1, S]`: what RoPE sees.
-        attention_mask: `[B or 1, S, S]`, or `[B or 1, S, L]` with a cache: boolean.
+        attention_mask: who sees whom: a `CausalMask`, or boolean `[B or 1, S, S]`, with a cache
+            `[B or 1, S, L]`.
         token_mask: `[B, S]`, nonzero for real tokens, or `None` if all are.
         slots: `[B or 1, S]`: where the tokens go in the cache; `None` without one.
     """
 
     positions: tf.Tensor
-    attention_mask: tf.Tensor
+    attention_mask: tf.Tensor | CausalMask
     token_mask: tf.Tensor | None = None
     slots: tf.Tensor | None = None
 

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from ds_attention import RMSNorm, causal_mask
+from ds_attention import CausalMask, RMSNorm
 from ds_model.block import DecoderBlock, MTPModule, Window
 from ds_model.checkpoint import load_into, mtp_depth_present, save, unwritten
 from ds_model.config import ModelConfig
@@ -262,7 +262,7 @@ def _window(input_ids: tf.Tensor, attention_mask: tf.Tensor | None) -> Window:
     """Say where the tokens of a whole sequence lie."""
     length = tf.shape(input_ids)[1]
     slots = tf.range(length)[None]
-    allowed = causal_mask(slots, length, attention_mask)
+    allowed = CausalMask(slots, length, attention_mask)
     if attention_mask is None:
         return Window(slots, allowed)
     # Padding gets the position of its neighbour; nothing looks at it.

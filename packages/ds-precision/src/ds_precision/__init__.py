@@ -3,7 +3,12 @@
 from ds_precision.block_scaling import BlockScaled, dequantize_blocks, quantize_blocks
 from ds_precision.formats import E4M3, E5M2, Format, cast
 from ds_precision.linear import Linear, matmul
-from ds_precision.products import fused_experts, traced_for_xla, use_kernels
+from ds_precision.products import (
+    fused_attention,
+    fused_experts,
+    traced_for_xla,
+    use_kernels,
+)
 
 __all__ = [
     "E4M3",
@@ -13,6 +18,7 @@ __all__ = [
     "Linear",
     "cast",
     "dequantize_blocks",
+    "fused_attention",
     "fused_experts",
     "matmul",
     "quantize_blocks",

@@ -112,3 +112,66 @@ def _experts_gradient(op: tf.Operation, dy: tf.Tensor, *_: Any) -> list[tf.Tenso
     for gradient, operand in zip(found, (x, gates, gate_up, down), strict=True):
         gradient.set_shape(operand.shape)
     return [tf.cast(found.dx, x.dtype), None, found.dgates, found.dup, None, found.ddown, None]
+
+
+def fused_attention(
+    q: tf.Tensor,
+    kv: tf.Tensor,
+    k_rope: tf.Tensor,
+    rotation: tuple[tf.Tensor, tf.Tensor],
+    slots: tf.Tensor,
+    valid: tf.Tensor | None,
+    scale: float,
+    interleave: bool,
+) -> tf.Tensor:
+    """Attend causally, block by block: no tensor of queries by keys ever exists.
+
+    `softmax(scale * [q_nope; rope(q_rope)] . [k_nope; k_rope]) v`, exactly, in float32 (the
+    running softmax of arXiv 2205.14135).
+
+    Args:
+        q: `[B, S, H, N + R]`, float32 or bfloat16, its last R numbers not yet rotated.
+        kv: `[B, L, H, N + V]`: keys' own parts, then values; of the type of `q`.
+        k_rope: `[B, L, R]`: the rotated key that all heads share; of the type of `q`.
+        rotation: cosines and sines, each `[B or 1, S, R / 2]` float32.
+        slots: `[B or 1, S]` int32: a query sees keys 0 to its slot.
+        valid: `[B, L]` boolean: and of those the valid ones; all if `None`.
+        scale: factor on the scores.
+        interleave: whether rotated pairs lie side by side in `q`.
+
+    Returns:
+        `[B, S, H, V]` in the type of `q`; zero for a query that sees nothing.
+
+    Raises:
+        tf.errors.InvalidArgumentError: sizes do not fit.
+    """
+    cosines, sines = rotation
+    y = kernels().ds_attention(
+        q=q,
+        kv=kv,
+        k_rope=k_rope,
+        cosines=cosines,
+        sines=sines,
+        slots=slots,
+        valid=tf.zeros([0, 0], tf.bool) if valid is None else valid,
+        scale=scale,
+        interleave=interleave,
+    ).y
+    y.set_shape([*q.shape[:3], kv.shape[-1] - (q.shape[-1] - k_rope.shape[-1])])
+    return y
+
+
+@tf.RegisterGradient("DsAttention")
+def _attention_gradient(op: tf.Operation, dy: tf.Tensor, *_: Any) -> list[tf.Tensor | None]:
+    found = kernels().ds_attention_grad(
+        *op.inputs,
+        *op.outputs,
+        dy,
+        scale=op.get_attr("scale"),
+        interleave=op.get_attr("interleave"),
+    )
+    q, kv, k_rope = op.inputs[:3]
+    found.dq.set_shape(q.shape)
+    found.dkv.set_shape(kv.shape)
+    dk_rope = tf.cast(tf.reduce_sum(found.dk_rope, axis=1), k_rope.dtype)
+    return [found.dq, found.dkv, dk_rope, None, None, None, None]
