@@ -52,7 +52,7 @@ def _experts(figure: Figure, points: Points) -> None:
     _line(time, 2, step, _per_token("optimizer_seconds"), "optimizer, a token")
     _line(memory, 0, decode, lambda p: p["peak"] / GIB, "decode")
     _line(memory, 1, step, lambda p: p["peak"] / GIB, "training")
-    _label(time, "routed experts, equal active parameters", "time [ms]")
+    _label(time, "routed experts, equal active parameters", "time [ms]", doubling=True)
     _label(memory, "routed experts, equal active parameters", "peak memory [GiB]")
 
 
@@ -74,8 +74,7 @@ def _batch(figure: Figure, points: Points, limits: dict[int, dict[str, float]]) 
         if batches:
             heights = [limits[batch][name] for batch in batches]
             axes.plot(batches, heights, "--", color="black", label="the machine's limit")
-        _label(axes, f"sequences decoded at once, {name}", "tokens a second")
-        axes.set_yscale("log")
+        _label(axes, f"sequences decoded at once, {name}", "tokens a second", doubling=True)
 
 
 def _size(figure: Figure, points: Points) -> None:
@@ -107,13 +106,17 @@ def _line(axes: Axes, place: int, points: Points, value: Value, label: str) -> N
         axes.plot(xs, heights, color=COLOURS[place], marker=MARKERS[place], label=label)
 
 
-def _label(axes: Axes, x: str, y: str) -> None:
+def _label(axes: Axes, x: str, y: str, *, doubling: bool = False) -> None:
+    """Name the axes. Straight scales, so that what is linear looks it, or doubling steps in x."""
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    axes.set_xscale("log", base=2)
+    if doubling:
+        axes.set_xscale("log", base=2)
+    else:
+        axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_ylim(bottom=0)
     if axes.lines:
-        axes.set_ylim(bottom=0)
         axes.legend(frameon=False)
     axes.grid(alpha=0.3)
 

@@ -1,7 +1,8 @@
 """llama.cpp through llama-cpp-python's plain bindings, on a GGUF file of the same weights.
 
 `float32` and `bfloat16` files hold those types; `int8` is Q8_0. Sequences are decoded as one batch,
-as its server does.
+as its server does. Its default is flash attention on a 16-bit cache, whatever the weights are; the
+other way is plain attention, on a float32 cache where the weights are float32.
 """
 
 from __future__ import annotations
@@ -45,11 +46,14 @@ class LlamaCpp(Worker):
         return cpp.llama_vocab_n_tokens(cpp.llama_model_get_vocab(self._lm))
 
     def modes(self, task: Task) -> dict[str, Callable[[], Run]]:
-        """Return the one way to prefill and to decode; llama.cpp trains nothing here."""
+        """Return its two kinds of attention, to prefill and to decode; it trains nothing here."""
         ways = {"prefill": self._prefill, "decode": self._decode}
         if task.kind not in ways:
             return {}
-        return {"batched": lambda: ways[task.kind](task)}
+        return {
+            "flash attention": lambda: ways[task.kind](task, flash=True),
+            "plain attention": lambda: ways[task.kind](task, flash=False),
+        }
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """Return the last positions' logits `[B, V]`."""
@@ -66,20 +70,21 @@ class LlamaCpp(Worker):
 
     @contextmanager
     def _sequences(self, count: int, length: int) -> Iterator[Sequences]:
-        made = self._context(count, length)
+        made = self._context(count, length, flash=True)
         try:
             yield made
         finally:
             made.close()
 
-    def _context(self, count: int, length: int) -> Sequences:
-        size = self.vocab_size()
-        exact = self.precision == "float32"
-        return Sequences(self._lm, count, length, self.threads, size, exact=exact)
+    def _context(self, count: int, length: int, *, flash: bool) -> Sequences:
+        wide = not flash and self.precision == "float32"
+        return Sequences(
+            self._lm, count, length, self.threads, self.vocab_size(), flash=flash, wide=wide
+        )
 
-    def _prefill(self, task: Task) -> Run:
+    def _prefill(self, task: Task, *, flash: bool) -> Run:
         ids = task.ids(self.vocab_size())
-        sequences = self._context(task.batch, task.length)
+        sequences = self._context(task.batch, task.length, flash=flash)
 
         def run() -> Timed:
             sequences.clear()
@@ -89,9 +94,9 @@ class LlamaCpp(Worker):
 
         return run
 
-    def _decode(self, task: Task) -> Run:
+    def _decode(self, task: Task, *, flash: bool) -> Run:
         room = task.length + task.new
-        sequences = self._context(task.batch, room)
+        sequences = self._context(task.batch, room, flash=flash)
         first = sequences.feed(task.ids(self.vocab_size()), 0).argmax(-1)
 
         def run() -> Timed:
@@ -106,10 +111,28 @@ class LlamaCpp(Worker):
 
 
 class Sequences:
-    """A context with one cache for each of several sequences of one length."""
+    """A context with one cache for each of several sequences of one length.
+
+    Args:
+        model: of llama.cpp.
+        count: of sequences.
+        length: the longest.
+        threads: for prompts and for single tokens.
+        vocab: tokens that the model knows.
+        flash: fused attention.
+        wide: caches of float32.
+    """
 
     def __init__(
-        self, model: object, count: int, length: int, threads: int, vocab: int, *, exact: bool
+        self,
+        model: object,
+        count: int,
+        length: int,
+        threads: int,
+        vocab: int,
+        *,
+        flash: bool,
+        wide: bool,
     ) -> None:
         self._count, self._vocab = count, vocab
         wanted = cpp.llama_context_default_params()
@@ -119,7 +142,8 @@ class Sequences:
         wanted.n_threads = wanted.n_threads_batch = threads
         wanted.n_seq_max = count
         wanted.kv_unified = False  # a cache each: a row then reads its own tokens only
-        if exact:  # its caches hold 16-bit numbers otherwise
+        wanted.flash_attn_type = int(flash)
+        if wide:
             wanted.type_k = wanted.type_v = cpp.GGML_TYPE_F32
         self._context = cpp.llama_init_from_model(model, wanted)
         if not self._context:

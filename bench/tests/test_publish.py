@@ -1,0 +1,39 @@
+import pytest
+from pydantic import ValidationError
+
+from bench.found import Found
+from bench.process import ROOT
+from bench.publish import NOTES, decode_limits, publish
+from bench.report import page, read_notes
+
+
+def test_the_page_is_what_its_data_and_notes_give(config):
+    data = (ROOT / "docs" / "assets" / "benchmarks.json").read_text(encoding="utf-8")
+    try:
+        found = Found.model_validate_json(data)
+    except ValidationError:
+        pytest.skip("docs/assets/benchmarks.json is of the benchmark before this one; run it")
+    expected = page(found, config, read_notes(NOTES))
+    written = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert written == expected, "run `python3 dev.py bench -- --render`"
+
+
+def test_all_is_written_and_reads_back(found, tmp_path):
+    found.growth = [
+        {"group": "batch", "series": "float32", "x": 1, "context": 512, "new": 32}
+        | {"step_seconds": 0.01, "peak": 2**30}
+    ]
+    publish(found, tmp_path)
+    again = Found.model_validate_json((tmp_path / "assets" / "benchmarks.json").read_text())
+    assert again == found
+    text = (tmp_path / "benchmarks.md").read_text()
+    assert "assets/benchmarks-batch.png" in text
+    assert (tmp_path / "assets" / "benchmarks-batch.png").exists()
+
+
+def test_the_limit_of_a_batch_is_that_of_its_row(found, config):
+    found.growth = [{"group": "batch", "series": "float32", "x": 8, "context": 512, "new": 32}]
+    limits = decode_limits(found, config)
+    assert limits.keys() == {8}
+    # Twice as many bytes a weight, half the tokens a second.
+    assert limits[8]["bfloat16"] == pytest.approx(2 * limits[8]["float32"])
