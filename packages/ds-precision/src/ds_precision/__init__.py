@@ -2,6 +2,7 @@
 
 from ds_precision.block_scaling import BlockScaled, dequantize_blocks, quantize_blocks
 from ds_precision.formats import E4M3, E5M2, Format, cast
+from ds_precision.latent_attention import fused_latent_attention
 from ds_precision.linear import Linear, matmul
 from ds_precision.products import (
     fused_attention,
@@ -20,6 +21,7 @@ __all__ = [
     "dequantize_blocks",
     "fused_attention",
     "fused_experts",
+    "fused_latent_attention",
     "matmul",
     "quantize_blocks",
     "traced_for_xla",

@@ -43,7 +43,7 @@ def kernels() -> ModuleType | None:
     if setting == "off" or tf.config.list_physical_devices("GPU"):
         return None
     try:
-        path = _compiled()
+        path = compiled()
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", "") or str(error)
         log.warning("the fast products can't be compiled, stock ones run: %s", said.strip())
@@ -54,7 +54,7 @@ def kernels() -> ModuleType | None:
     return found
 
 
-def _compiled() -> Path:
+def compiled() -> Path:
     """Return the shared library, made now if this machine has none of this source yet."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:

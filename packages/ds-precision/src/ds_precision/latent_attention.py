@@ -1,0 +1,71 @@
+"""Attention to a latent cache by the compiled operation.
+
+Letters: B batch, S new tokens, L slots, H heads, N and R the parts of a query, C latent,
+V a head's value.
+"""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from ds_precision.kernels import kernels
+
+
+def fused_latent_attention(
+    q: tf.Tensor,
+    compressed: tf.Tensor,
+    norm: tf.Tensor,
+    up: tf.Tensor,
+    rotation: tuple[tf.Tensor, tf.Tensor],
+    slots: tf.Tensor,
+    valid: tf.Tensor | None,
+    entries: tf.Tensor,
+    scale: float,
+    epsilon: float,
+    interleave: bool,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Norm, rotate and cache the latents of new tokens, and attend to the cache.
+
+    All that multi-head latent attention does between its projections when it decodes (arXiv
+    2405.04434, section 2.1, absorbed), as one operation with sums in float32. There is no
+    gradient. The cache changes in place where nobody else holds it.
+
+    Args:
+        q: `[B, S, H, N + R]`, float32 or bfloat16, its last R numbers not yet rotated.
+        compressed: `[B, S, C + R]`, of the type of `q`: latents before their norm, keys before
+            their rotation.
+        norm: `[C]`: the weight of the latents' norm.
+        up: `[C, H * (N + V)]`: makes keys and values of a latent.
+        rotation: cosines and sines, each `[B or 1, S, R / 2]` float32.
+        slots: `[B or 1, S]` int32: where the tokens go; each sees slots up to its own.
+        valid: `[B, L]` boolean: and of those the valid ones; all if `None`.
+        entries: `[B, L, C + R]`, of the type of `q`: the cache.
+        scale: factor on the scores.
+        epsilon: of the latents' norm.
+        interleave: whether rotated pairs lie side by side.
+
+    Returns:
+        `[B, S, H * V]` in the type of `q`, zero for a query that sees nothing; and the cache.
+
+    Raises:
+        tf.errors.InvalidArgumentError: a slot is out of range, or sizes do not fit.
+    """
+    cosines, sines = rotation
+    y, updated = kernels().ds_latent_attention(
+        q=q,
+        compressed=compressed,
+        norm=norm,
+        up=up,
+        cosines=cosines,
+        sines=sines,
+        slots=slots,
+        valid=tf.zeros([0, 0], tf.bool) if valid is None else valid,
+        entries=entries,
+        scale=scale,
+        epsilon=epsilon,
+        interleave=interleave,
+    )
+    heads, width = q.shape[2:]
+    y.set_shape([*q.shape[:2], up.shape[-1] - heads * (width - 2 * cosines.shape[-1])])
+    updated.set_shape(entries.shape)
+    return y, updated

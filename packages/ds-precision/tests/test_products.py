@@ -1,0 +1,208 @@
+"""The compiled operations against plain TensorFlow, in value and gradient."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ds_precision import fused_attention, fused_experts, matmul, use_kernels
+from ds_precision.kernels import kernels
+
+pytestmark = pytest.mark.skipif(
+    kernels() is None, reason="no C++ compiler here, so there are no compiled products to test"
+)
+few = settings(deadline=None, max_examples=25)
+types = st.sampled_from([tf.float32, tf.bfloat16])
+seeds = st.integers(0, 2**31)
+
+
+def normal(rng: np.random.Generator, *shape: int, dtype: tf.DType = tf.float32) -> tf.Tensor:
+    return tf.cast(tf.constant(rng.normal(size=shape), tf.float32), dtype)
+
+
+def apart(ours: tf.Tensor, theirs: tf.Tensor) -> float:
+    ours, theirs = (np.asarray(tf.cast(t, tf.float32), np.float64) for t in (ours, theirs))
+    return float(np.abs(ours - theirs).max(initial=0) / max(np.abs(theirs).max(initial=0), 1e-9))
+
+
+def within(dtype: tf.DType) -> float:
+    return 3e-6 if dtype == tf.float32 else 1e-2
+
+
+@few
+@given(
+    rows=st.integers(1, 40),
+    inner=st.integers(1, 70),
+    outer=st.integers(1, 150),
+    x_type=types,
+    w_type=types,
+    seed=seeds,
+)
+def test_matmul_and_its_gradients(rows, inner, outer, x_type, w_type, seed):
+    rng = np.random.default_rng(seed)
+    x, w = normal(rng, 2, rows, inner, dtype=x_type), normal(rng, inner, outer, dtype=w_type)
+    slope = normal(rng, 2, rows, outer, dtype=x_type)
+    assert use_kernels(x, w)
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch([x, w])
+        ours = tf.reduce_sum(tf.cast(matmul(x, w) * slope, tf.float32))
+        wide = tf.cast(x, tf.float32), tf.cast(tf.cast(w, x_type), tf.float32)
+        exact = tf.einsum("bri,io->bro", *wide)
+        theirs = tf.reduce_sum(exact * tf.cast(slope, tf.float32))
+
+    assert apart(matmul(x, w), exact) < within(x_type)
+    for ours_slope, exact_slope in zip(
+        tape.gradient(ours, [x, w]), tape.gradient(theirs, [x, w]), strict=True
+    ):
+        assert apart(ours_slope, exact_slope) < within(x_type) + within(w_type)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 30])
+def test_8_bit_weights_are_multiplied_by_the_scale_of_their_32_rows(rows):
+    rng = np.random.default_rng(rows)
+    x = normal(rng, rows, 96)
+    q = rng.integers(-127, 128, (96, 130)).astype(np.int8)
+    scales = rng.uniform(0.5, 2, (3, 130)).astype(np.float32)
+
+    y = kernels().ds_matmul(x=x, w=tf.constant(q), scales=tf.constant(scales))
+    assert apart(y, x.numpy() @ (q * np.repeat(scales, 32, axis=0))) < 3e-6
+
+
+def stock_experts(x, indices, gates, gate_up, down):
+    inner, y = down.shape[1], tf.zeros_like(x)
+    for expert in range(gate_up.shape[0]):
+        h = x @ gate_up[expert]
+        out = (tf.nn.silu(h[:, :inner]) * h[:, inner:]) @ down[expert]
+        y += out * tf.reduce_sum(tf.where(indices == expert, gates, 0), axis=1, keepdims=True)
+    return y
+
+
+@few
+@given(
+    tokens=st.integers(1, 60),
+    hidden=st.integers(1, 50),
+    inner=st.integers(1, 40),
+    experts=st.integers(1, 9),
+    per_token=st.integers(1, 9),
+    x_type=types,
+    seed=seeds,
+)
+def test_experts_and_their_gradients(tokens, hidden, inner, experts, per_token, x_type, seed):
+    rng = np.random.default_rng(seed)
+    per_token = min(per_token, experts)
+    x = normal(rng, tokens, hidden, dtype=x_type)
+    chosen = [rng.permutation(experts)[:per_token] for _ in range(tokens)]
+    indices = tf.constant(np.stack(chosen), tf.int32)
+    gates = tf.constant(rng.uniform(0.1, 1, (tokens, per_token)), tf.float32)
+    gate_up, down = normal(rng, experts, hidden, 2 * inner), normal(rng, experts, inner, hidden)
+    if x_type == tf.bfloat16:  # weights that a cast would not change, so that only sums differ
+        gate_up, down = (tf.cast(tf.cast(w, x_type), tf.float32) for w in (gate_up, down))
+    slope = tf.cast(normal(rng, tokens, hidden, dtype=x_type), tf.float32)
+    operands = [tf.cast(x, tf.float32), gates, gate_up, down]
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch([x, *operands])
+        y = fused_experts(x, indices, gates, gate_up, down)
+        ours = tf.reduce_sum(tf.cast(y, tf.float32) * slope)
+        exact = stock_experts(operands[0], indices, *operands[1:])
+        theirs = tf.reduce_sum(exact * slope)
+
+    assert y.dtype == x_type
+    assert apart(y, exact) < within(x_type)
+    found, expected = tape.gradient(ours, [x, *operands[1:]]), tape.gradient(theirs, operands)
+    for mine, other in zip(found, expected, strict=True):
+        assert apart(mine, other) < 3 * within(x_type)
+
+
+def test_experts_name_an_index_out_of_range():
+    x, gates = tf.ones([1, 4]), tf.ones([1, 1])
+    with pytest.raises(tf.errors.InvalidArgumentError, match="indices hold 2; experts run from 0"):
+        fused_experts(x, tf.constant([[2]]), gates, tf.ones([2, 4, 6]), tf.ones([2, 3, 4]))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="do not fit together"):
+        fused_experts(x, tf.constant([[0]]), gates, tf.ones([2, 4, 6]), tf.ones([2, 5, 4]))
+
+
+def stock_attention(q, kv, k_rope, rotation, allowed, scale, interleave):
+    heads, rope = q.shape[2], k_rope.shape[-1]
+    own, turned = q[..., :-rope], q[..., -rope:]
+    first, second = (
+        (turned[..., 0::2], turned[..., 1::2]) if interleave else tf.split(turned, 2, axis=-1)
+    )
+    cos, sin = (part[:, :, None] for part in rotation)
+    q = tf.concat([own, first * cos - second * sin, second * cos + first * sin], axis=-1)
+    nope = own.shape[-1]
+    k = tf.concat([kv[..., :nope], tf.repeat(k_rope[:, :, None], heads, axis=2)], axis=-1)
+    scores = tf.einsum("bshq,blhq->bhsl", q, k) * scale
+    weights = tf.nn.softmax(tf.where(allowed[:, None], scores, -1e30))
+    return tf.einsum("bhsl,blhv->bshv", weights, kv[..., nope:])
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    queries=st.integers(1, 300),
+    earlier=st.integers(0, 40),
+    heads=st.integers(1, 3),
+    nope=st.integers(1, 40),
+    pairs=st.integers(1, 9),
+    value=st.integers(1, 40),
+    padded=st.booleans(),
+    interleave=st.booleans(),
+    own_rows=st.booleans(),
+    dtype=types,
+    seed=seeds,
+)
+def test_attention_and_its_gradients(  # noqa: PLR0913 - the branches of one operation
+    queries, earlier, heads, nope, pairs, value, padded, interleave, own_rows, dtype, seed
+):
+    rng = np.random.default_rng(seed)
+    batch, keys = 2, queries + earlier
+    q = normal(rng, batch, queries, heads, nope + 2 * pairs, dtype=dtype)
+    kv = normal(rng, batch, keys, heads, nope + value, dtype=dtype)
+    k_rope = normal(rng, batch, keys, 2 * pairs, dtype=dtype)
+    rows = batch if own_rows else 1
+    angles = rng.normal(size=(rows, queries, pairs))
+    rotation = tf.constant(np.cos(angles), tf.float32), tf.constant(np.sin(angles), tf.float32)
+    slots = np.tile(np.arange(earlier, keys, dtype=np.int32), (rows, 1))
+    valid = np.ones((batch, keys), bool)
+    if padded:
+        valid[0, : keys // 2] = False
+    allowed = (np.arange(keys) <= slots[..., None]) & valid[:, None]
+    seen = allowed.any(-1)[..., None, None].astype(np.float32)  # others look at nothing
+    slope = normal(rng, batch, queries, heads, value) * seen
+    scale = (nope + 2 * pairs) ** -0.5
+    wide = [tf.cast(t, tf.float32) for t in (q, kv, k_rope)]
+    mask = tf.constant(valid) if padded else None
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch([q, kv, k_rope, *wide])
+        y = fused_attention(q, kv, k_rope, rotation, tf.constant(slots), mask, scale, interleave)
+        ours = tf.reduce_sum(tf.cast(y, tf.float32) * slope)
+        exact = stock_attention(*wide, rotation, tf.constant(allowed), scale, interleave)
+        theirs = tf.reduce_sum(exact * slope)
+
+    assert apart(tf.cast(y, tf.float32) * seen, exact * seen) < within(dtype)
+    np.testing.assert_array_equal(y.numpy()[~allowed.any(-1)], 0)
+    found, expected = tape.gradient(ours, [q, kv, k_rope]), tape.gradient(theirs, wide)
+    for mine, other in zip(found, expected, strict=True):
+        assert apart(mine, other) < 5 * within(dtype)
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    import ctypes  # noqa: PLC0415 - only here
+
+    from ds_precision.kernels.library import compiled  # noqa: PLC0415 - only here
+
+    rng = np.random.default_rng(0)
+    x, w = normal(rng, 700, 64), normal(rng, 64, 300)
+    indices = tf.constant(rng.integers(0, 5, (700, 2)), tf.int32)
+    gates = tf.constant(rng.uniform(size=(700, 2)), tf.float32)
+    gate_up, down = normal(rng, 5, 64, 96), normal(rng, 5, 48, 64)
+    set_threads = ctypes.CDLL(str(compiled())).ds_set_threads
+    outputs = []
+    for threads in (1, 2, 5):
+        set_threads(threads)
+        outputs.append((matmul(x, w), fused_experts(x, indices, gates, gate_up, down)))
+    set_threads(2)
+
+    for other in outputs[1:]:
+        for first, second in zip(outputs[0], other, strict=True):
+            np.testing.assert_array_equal(first, second)
