@@ -4,7 +4,13 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_attention import AttentionConfig, LatentCache, MultiHeadLatentAttention, causal_mask
+from ds_attention import (
+    AttentionConfig,
+    CausalMask,
+    LatentCache,
+    MultiHeadLatentAttention,
+    causal_mask,
+)
 
 YARN = {"factor": 4.0, "original_max_position_embeddings": 16, "mscale": 1.0, "mscale_all_dim": 0.7}
 BASE = AttentionConfig(
@@ -147,6 +153,45 @@ def test_cached_and_absorbed_in_any_chunks_equal_the_whole(cuts, absorb, left, v
         outputs.append(out)
         start += width
     assert within(tf.concat(outputs, 1), whole) < 1e-5
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    batch=st.integers(1, 40),
+    count=st.integers(1, 5),
+    length=st.integers(5, 200),
+    shared=st.booleans(),
+    variant=st.sampled_from(sorted(VARIANTS)),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+    seed=st.integers(0, 99),
+)
+def test_decoding_as_one_operation_equals_attending(
+    batch, count, length, shared, variant, dtype, seed
+):
+    layer = made(VARIANTS[variant], dtype=dtype)
+    rng = np.random.default_rng(seed)
+    rows = 1 if shared else batch
+    x = tf.cast(rng.normal(size=(batch, count, 24)), dtype)
+    entries = tf.cast(rng.normal(size=(batch, length, layer.config.cache_width)), dtype)
+    slots = rng.integers(0, length - count + 1, (rows, 1)) + np.arange(count)
+    valid = rng.random((batch, length)) < 0.7
+    for row in range(batch):  # a token sees itself at least
+        valid[row, slots[row % rows]] = True
+    positions = tf.constant(slots + 2, tf.int32)
+    slots = tf.constant(slots, tf.int32)
+    mask = CausalMask(slots, length, None if shared else tf.constant(valid))
+
+    expected, cache = layer.attend(x, LatentCache(entries), slots, positions, mask)
+    out, written = layer.decode(x, LatentCache(entries), positions, mask)
+    # A step of bfloat16 is 2^-8; `attend` rounds between its operations too.
+    near = 1e-5 if dtype == "float32" else 0.03
+    assert within(tf.cast(out, tf.float32), tf.cast(expected, tf.float32)) < near
+    old, new = (tf.cast(c.entries, tf.float32) for c in (cache, written))
+    assert within(new, old) < near
+    kept = np.ones((batch, length), bool)
+    for row in range(batch):
+        kept[row, slots[row % rows]] = False
+    np.testing.assert_array_equal(new[kept], tf.cast(entries, tf.float32)[kept])
 
 
 def test_the_future_does_not_reach_the_past():

@@ -2,6 +2,7 @@ import keras
 import numpy as np
 import pytest
 
+import ds_precision.products
 from ds_model import CausalLM, ModelConfig
 
 # A small vocabulary and sharp logits: drafts are accepted now and then even with random weights.
@@ -42,6 +43,19 @@ def test_greedy_is_the_best_token_of_a_full_pass_however_rows_are_padded(model, 
     for row in range(3):
         text = np.concatenate([ids[row][mask[row] == 1], out[row, 9:]])
         assert is_greedy(model, text, 30)
+
+
+@pytest.mark.parametrize("draft", [False, True])
+def test_stock_operations_write_the_same_text(model, draft, monkeypatch):
+    ids = prompt(3, 9)
+    mask = np.ones_like(ids)
+    mask[0, :4] = 0
+    out = model.generate(ids, mask, max_new_tokens=20, draft=draft)
+    monkeypatch.setattr(ds_precision.products, "kernels", lambda: None)
+    stock = CausalLM(CONFIG)  # with compiled functions of its own
+    stock.set_weights(model.get_weights())
+
+    np.testing.assert_array_equal(stock.generate(ids, mask, max_new_tokens=20, draft=draft), out)
 
 
 def test_drafts_are_accepted_and_save_rounds(model):

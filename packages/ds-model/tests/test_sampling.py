@@ -4,7 +4,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_model.sampling import Sampling, draw, probabilities, verify
+from ds_model.sampling import Sampling, choose, draw, guess, probabilities, verify
 
 ROWS = 40_000
 
@@ -13,10 +13,26 @@ def rule(temperature: float, top_p: float = 1.0, seed: int = 0) -> Sampling:
     return Sampling(tf.constant(temperature), tf.constant(top_p), tf.constant(seed))
 
 
-def test_greedy_is_the_best_token_for_certain():
-    p = probabilities(tf.constant([[0.1, 3.0, -1.0], [5.0, 4.0, 0.0]]), rule(0.0))
+def logs(p) -> tf.Tensor:
+    """Return logits whose softmax is `p`."""
+    return tf.math.log(tf.constant(p, tf.float32))
 
-    np.testing.assert_array_equal(p, [[0, 1, 0], [1, 0, 0]])
+
+def test_greedy_is_the_best_token_and_the_first_of_equals():
+    logits = tf.constant([[0.1, 3.0, -1.0], [5.0, 4.0, 0.0], [2.0, 7.0, 7.0]])
+
+    np.testing.assert_array_equal(choose(logits, rule(0.0), tf.constant(0)), [1, 0, 1])
+    token, _ = guess(logits, tf.zeros_like(logits), rule(0.0), tf.constant(0))
+    np.testing.assert_array_equal(token, [1, 0, 1])
+
+
+def test_a_guess_is_drawn_from_what_it_says():
+    logits = tf.tile([[0.3, -1.0, 2.0]], [ROWS, 1])
+    token, q = guess(logits, tf.zeros_like(logits), rule(0.7, seed=5), tf.constant(2))
+
+    np.testing.assert_allclose(q, probabilities(logits, rule(0.7)), rtol=1e-6)
+    share = np.bincount(token, minlength=3) / ROWS
+    np.testing.assert_allclose(share, q[0], atol=4 * (0.25 / ROWS) ** 0.5)
 
 
 def test_temperature_divides_the_logits():
@@ -60,7 +76,8 @@ def test_draws_follow_the_distribution_and_the_seed():
 def test_greedy_verification_keeps_the_agreeing_prefix_and_corrects_the_next():
     best = tf.one_hot([[1, 2, 0, 3]] * 4, 5)  # the model's own choices, K = 3
     drafts = tf.constant([[1, 2, 0], [1, 2, 4], [1, 3, 0], [0, 2, 0]])
-    tokens, accepted = verify(best, tf.one_hot(drafts, 5), drafts, rule(0.0), tf.constant(0))
+    unread = tf.zeros([4, 3, 5])
+    tokens, accepted = verify(best, unread, drafts, rule(0.0), tf.constant(0))
 
     np.testing.assert_array_equal(accepted, [3, 2, 1, 0])
     for row, count in zip(tokens.numpy(), accepted.numpy(), strict=True):
@@ -72,11 +89,11 @@ def test_drawn_verification_leaves_the_models_distribution(drafter):
     # arXiv 2211.17192, appendix A.1: whatever the drafter, the tokens are distributed as p.
     first, second = np.array([0.5, 0.2, 0.3, 0.0]), np.array([0.1, 0.4, 0.1, 0.4])
     q = np.array(drafter)
-    p = tf.constant(np.tile([[first, second]], [ROWS, 1, 1]), tf.float32)
+    logits = logs(np.tile([[first, second]], [ROWS, 1, 1]))
     q_B1V = tf.constant(np.tile(q, [ROWS, 1, 1]), tf.float32)
     sampling = rule(1.0, seed=9)
     drafts = draw(q_B1V[:, 0], sampling, tf.constant(77))[:, None]
-    tokens, accepted = verify(p, q_B1V, drafts, sampling, tf.constant(0))
+    tokens, accepted = verify(logits, q_B1V, drafts, sampling, tf.constant(0))
 
     error = 4 * (0.25 / ROWS) ** 0.5
     share = np.bincount(tokens[:, 0], minlength=4) / ROWS
@@ -89,9 +106,9 @@ def test_drawn_verification_leaves_the_models_distribution(drafter):
 
 
 def test_no_drafts_is_a_plain_draw():
-    p = tf.constant([[[0.0, 1.0]], [[1.0, 0.0]]])
+    logits = logs([[[0.0, 1.0]], [[1.0, 0.0]]])
     none = tf.zeros([2, 0], tf.int32)
-    tokens, accepted = verify(p, tf.zeros([2, 0, 2]), none, rule(1.0), tf.constant(0))
+    tokens, accepted = verify(logits, tf.zeros([2, 0, 2]), none, rule(1.0), tf.constant(0))
 
     np.testing.assert_array_equal(tokens, [[1], [0]])
     np.testing.assert_array_equal(accepted, [0, 0])

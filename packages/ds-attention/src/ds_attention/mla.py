@@ -21,7 +21,7 @@ from ds_attention.mask import CausalMask
 from ds_attention.rms_norm import RMSNorm
 from ds_attention.rope import apply_rope, rope_rotation
 from ds_attention.softmax import masked_softmax
-from ds_precision import Linear, fused_attention, use_kernels
+from ds_precision import Linear, fused_attention, fused_latent_attention, use_kernels
 
 
 @keras.saving.register_keras_serializable(package="ds_attention")
@@ -150,6 +150,43 @@ class MultiHeadLatentAttention(keras.layers.Layer):
         q_nope, q_rope = self._queries(x, positions)
         return self._attend_absorbed(q_nope, q_rope, entries, attention_mask), cache
 
+    def decode(
+        self, x: tf.Tensor, cache: LatentCache, positions: tf.Tensor, mask: CausalMask
+    ) -> tuple[tf.Tensor, LatentCache]:
+        """Do as `attend` does absorbed, without gradients, and as fast as can be.
+
+        Where the compiled operations serve, one of them does all that lies between the
+        projections, and changes the cache in place if nobody else holds it.
+
+        Args:
+            x: `[B, S, hidden_size]`: the new tokens.
+            cache: of this layer, with L slots.
+            positions: `[B, S]` or `[1, S]`: what RoPE sees.
+            mask: its slots are where the new tokens go.
+
+        Returns:
+            `[B, S, hidden_size]` and the cache with the new tokens in it.
+        """
+        c = self.config
+        x = tf.cast(x, self.compute_dtype)
+        up = tf.convert_to_tensor(self.kv_b_proj.kernel)
+        if not use_kernels(x, up) or cache.entries.dtype != x.dtype:
+            return self.attend(x, cache, mask.slots, positions, mask)
+        out, entries = fused_latent_attention(
+            self._raw_queries(x),
+            self.kv_a_proj_with_mqa(x),
+            tf.convert_to_tensor(self.kv_a_layernorm.weight),
+            up,
+            rope_rotation(positions, c.qk_rope_head_dim, c.rope_theta, c.rope_scaling),
+            tf.cast(mask.slots, tf.int32),
+            None if mask.valid is None else tf.cast(mask.valid, tf.bool),
+            cache.entries,
+            c.score_scale,
+            self.LATENT_EPSILON,
+            c.rope_interleave,
+        )
+        return self.o_proj(out), LatentCache(entries)
+
     def _rope(self, x: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
         c = self.config
         return apply_rope(x, positions, c.rope_theta, c.rope_scaling, c.rope_interleave)
@@ -202,7 +239,10 @@ class MultiHeadLatentAttention(keras.layers.Layer):
                 q_BSHQ,
                 kv,
                 k_rope,
-                [tf.broadcast_to(part, tf.concat([shape, [part.shape[-1]]], 0)) for part in rotation],
+                [
+                    tf.broadcast_to(part, tf.concat([shape, [part.shape[-1]]], 0))
+                    for part in rotation
+                ],
                 tf.broadcast_to(tf.cast(mask.slots, tf.int32), shape),
                 valid,
                 c.score_scale,

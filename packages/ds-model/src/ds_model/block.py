@@ -83,14 +83,12 @@ class DecoderBlock(keras.layers.Layer):
         self, h: tf.Tensor, window: Window, cache: LatentCache, absorb: bool
     ) -> tuple[tf.Tensor, LatentCache]:
         """Do as `call` for new tokens that follow what `cache` holds."""
-        attended, cache = self.self_attn.attend(
-            self.input_layernorm(h),
-            cache,
-            window.slots,
-            window.positions,
-            window.attention_mask,
-            absorb,
-        )
+        normed, attention = self.input_layernorm(h), self.self_attn
+        positions, mask = window.positions, window.attention_mask
+        if absorb and isinstance(mask, CausalMask):
+            attended, cache = attention.decode(normed, cache, positions, mask)
+        else:
+            attended, cache = attention.attend(normed, cache, window.slots, positions, mask, absorb)
         return self._feed_forward(h + attended, window)[0], cache
 
     def _feed_forward(self, h: tf.Tensor, window: Window) -> tuple[tf.Tensor, Routing | None]:

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import tensorflow as tf
 
-from ds_attention import LatentCache, causal_mask
+from ds_attention import CausalMask, LatentCache
 from ds_model.block import Window
-from ds_model.sampling import Sampling, draw, probabilities, verify
+from ds_model.sampling import Sampling, choose, guess, verify
 
 if TYPE_CHECKING:
     from ds_model.causal_lm import CausalLM
@@ -30,14 +30,15 @@ class State(NamedTuple):
     """What lives from round to round.
 
     Attributes:
-        tokens: `[B, L]` int32 by slot.
+        tokens: `[B, L]` int32 by slot, for the MTP modules; `[B, 0]` without drafts.
+        pending: `[B]` int32: the newest token, which the model has not read yet.
         valid: `[B, L]` bool: slots that hold a real token, ahead of use included.
         slot: `[B]` int32: where the pending token lies; all before it is in the cache.
         position: `[B]` int32: its position.
         caches: one `LatentCache` a block, then one an MTP module.
         hidden: `[B, W, D]`: the model's normed hidden states of the W slots before `slot`.
         drafts: `[B, K]` int32, guesses for the slots after the pending one.
-        draft_p: `[B, K, V]`: what they were drawn from.
+        draft_p: `[B, K, V]`: what they were drawn from; without meaning at temperature 0.
         out: `[B, max_new + K + 1]` int32.
         count: `[B]` int32: how much of `out` is text.
         done: `[B]` bool.
@@ -47,6 +48,7 @@ class State(NamedTuple):
     """
 
     tokens: tf.Tensor
+    pending: tf.Tensor
     valid: tf.Tensor
     slot: tf.Tensor
     position: tf.Tensor
@@ -80,7 +82,8 @@ class Rounds:
         buffer = tf.TensorSpec([None, None], tf.int32)
         cache = LatentCache(tf.TensorSpec([None, None, c.attention.cache_width], policy))
         return State(
-            tokens=buffer,
+            tokens=buffer if drafts else tf.TensorSpec([None, 0], tf.int32),
+            pending=row,
             valid=tf.TensorSpec([None, None], tf.bool),
             slot=row,
             position=row,
@@ -111,7 +114,7 @@ class Rounds:
         batch, length = tf.shape(tokens)[0], tf.shape(tokens)[1]
         slots = tf.range(length)[None]
         ordinal = tf.cumsum(tf.cast(valid, tf.int32), axis=1)
-        place = Window(tf.maximum(ordinal - 1, 0), causal_mask(slots, length, valid), valid, slots)
+        place = Window(tf.maximum(ordinal - 1, 0), CausalMask(slots, length, valid), valid, slots)
         h = model.embed_tokens(tokens)
         caches = []
         for block in model.blocks:
@@ -121,7 +124,7 @@ class Rounds:
         h = model.norm(h)
         last = tf.reduce_max(tf.where(valid, slots, -1), axis=1)
         logits = model.head(tf.gather(h, last, batch_dims=1))
-        first = draw(probabilities(logits, sampling), sampling, tf.constant(0))
+        first = choose(logits, sampling, tf.constant(0))
         slot = last + 1
         room = max_new_tokens + self.drafts + 1
         tokens = _put(tf.pad(tokens, [[0, 0], [0, room]]), slot[:, None], first[:, None])
@@ -139,7 +142,8 @@ class Rounds:
         valid |= tf.range(length + room)[None] >= slot[:, None]
         done = tf.reduce_any(first[:, None] == ends[None], axis=1) | (max_new_tokens <= 1)
         state = State(
-            tokens=tokens,
+            tokens=tokens if self.drafts else tokens[:, :0],
+            pending=first,
             valid=valid,
             slot=slot,
             position=ordinal[:, -1],
@@ -179,19 +183,21 @@ class Rounds:
         slots = state.slot[:, None] + steps
         place = Window(
             state.position[:, None] + steps,
-            causal_mask(slots, tf.shape(state.tokens)[1], state.valid),
+            CausalMask(slots, tf.shape(state.valid)[1], state.valid),
             None,
             slots,
         )
-        h = model.embed_tokens(tf.gather(state.tokens, slots, batch_dims=1))
+        read = state.pending[:, None]
+        if self.drafts:
+            read = tf.concat([read, state.drafts], axis=1)
+        h = model.embed_tokens(read)
         caches = list(state.caches)
         for i, block in enumerate(model.blocks):
             h, caches[i] = block.step(h, place, caches[i], absorb=True)
         h = model.norm(h)
-        p = probabilities(model.head(h), sampling)
         # Three draws a round, told apart: the model's own, the acceptances, the drafts.
         stream = (state.rounds + 1) * (2 + self.drafts)
-        new, accepted = verify(p, state.draft_p, state.drafts, sampling, stream)
+        new, accepted = verify(model.head(h), state.draft_p, state.drafts, sampling, stream)
 
         ended = tf.reduce_any(new[..., None] == ends, axis=-1) & (steps <= accepted[:, None])
         until_end = tf.reduce_min(tf.where(ended, steps, width), axis=1)
@@ -199,14 +205,21 @@ class Rounds:
         added = tf.minimum(tf.minimum(accepted, until_end) + 1, left)
         added = tf.where(state.done, 0, added)
         writing = tf.cast(~state.done, tf.int32)
+        if self.drafts:
+            last = tf.gather(new, tf.maximum(added - 1, 0), batch_dims=1)
+            state = state._replace(
+                tokens=_put(state.tokens, slots + 1, new),
+                hidden=_window_before(
+                    tf.concat([state.hidden, h], axis=1), self.window + added, self.window
+                ),
+            )
+        else:
+            last = new[:, 0]
         state = state._replace(
-            tokens=_put(state.tokens, slots + 1, new),
+            pending=tf.where(state.done, state.pending, last),
             slot=state.slot + added,
             position=state.position + added,
             caches=tuple(caches),
-            hidden=_window_before(
-                tf.concat([state.hidden, h], axis=1), self.window + added, self.window
-            ),
             out=_put(state.out, state.count[:, None] + steps, new),
             count=state.count + added,
             done=state.done | (until_end < added) | (added >= left),
@@ -223,7 +236,7 @@ class Rounds:
         slots = state.slot[:, None] + back
         place = Window(
             tf.maximum(state.position[:, None] + back, 0),
-            causal_mask(slots, tf.shape(state.tokens)[1], state.valid),
+            CausalMask(slots, tf.shape(state.valid)[1], state.valid),
             None,
             slots,
         )
@@ -234,10 +247,10 @@ class Rounds:
             ahead = model.embed_tokens(tf.gather(tokens, slots + k, batch_dims=1))
             i = len(model.blocks) + k - 1
             h, caches[i] = module.step(h, ahead, place, caches[i], absorb=True)
-            q = probabilities(model.head(h[:, -1]), sampling)
-            guess = draw(q, sampling, stream + 1 + k)
-            tokens = _put(tokens, (state.slot + k)[:, None], guess[:, None])
-            drafts.append(guess)
+            unused = state.draft_p[:, k - 1]
+            draft, q = guess(model.head(h[:, -1]), unused, sampling, stream + 1 + k)
+            tokens = _put(tokens, (state.slot + k)[:, None], draft[:, None])
+            drafts.append(draft)
             distributions.append(q)
         return state._replace(
             tokens=tokens,

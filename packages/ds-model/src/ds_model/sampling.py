@@ -24,17 +24,46 @@ class Sampling(NamedTuple):
     seed: tf.Tensor
 
 
+def choose(logits: tf.Tensor, sampling: Sampling, stream: tf.Tensor) -> tf.Tensor:
+    """Take the best token of each row of `logits [B, V]`, or draw one; `[B]` int32.
+
+    Args:
+        logits: `[B, V]` float32.
+        sampling: how tokens are chosen.
+        stream: tells draws apart.
+    """
+    return tf.cond(
+        sampling.temperature > 0,
+        lambda: draw(probabilities(logits, sampling), sampling, stream),
+        lambda: best(logits),
+    )
+
+
+def guess(
+    logits: tf.Tensor, unused: tf.Tensor, sampling: Sampling, stream: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Do as `choose`, and return what was drawn from, which `verify` wants to know.
+
+    Returns:
+        `[B]` int32, and `[B, V]` float32: `unused`, which is of that shape, at temperature 0.
+    """
+
+    def warm() -> tuple[tf.Tensor, tf.Tensor]:
+        q = probabilities(logits, sampling)
+        return draw(q, sampling, stream), q
+
+    return tf.cond(sampling.temperature > 0, warm, lambda: (best(logits), unused))
+
+
+def best(logits: tf.Tensor) -> tf.Tensor:
+    """Return the most probable tokens, int32; the first of equals."""
+    return tf.argmax(logits, axis=-1, output_type=tf.int32)
+
+
 def probabilities(logits: tf.Tensor, sampling: Sampling) -> tf.Tensor:
-    """Return what tokens are drawn from, `[..., V]` float32; one-hot at temperature 0."""
-
-    def greedy() -> tf.Tensor:
-        return tf.one_hot(tf.argmax(logits, axis=-1), logits.shape[-1], dtype=logits.dtype)
-
-    def warm() -> tf.Tensor:
-        p = tf.nn.softmax(logits / sampling.temperature)
-        return tf.cond(sampling.top_p < 1, lambda: _nucleus(p, sampling.top_p), lambda: p)
-
-    return tf.cond(sampling.temperature > 0, warm, greedy)
+    """Return what tokens are drawn from above temperature 0, `[..., V]` float32."""
+    p = tf.nn.softmax(logits / sampling.temperature)
+    return tf.cond(sampling.top_p < 1, lambda: _nucleus(p, sampling.top_p), lambda: p)
 
 
 def _nucleus(p: tf.Tensor, top_p: tf.Tensor) -> tf.Tensor:
@@ -50,27 +79,22 @@ def _nucleus(p: tf.Tensor, top_p: tf.Tensor) -> tf.Tensor:
 
 def draw(p: tf.Tensor, sampling: Sampling, stream: tf.Tensor) -> tf.Tensor:
     """Draw one token from each row of `p [B, V]`; `stream` tells draws apart."""
-    return tf.cond(
-        sampling.temperature > 0,
-        lambda: tf.random.stateless_categorical(
-            tf.math.log(p), 1, [sampling.seed, stream], dtype=tf.int32
-        )[:, 0],
-        lambda: tf.argmax(p, axis=-1, output_type=tf.int32),
-    )
+    seed = [sampling.seed, stream]
+    return tf.random.stateless_categorical(tf.math.log(p), 1, seed, dtype=tf.int32)[:, 0]
 
 
 def verify(
-    p: tf.Tensor, q: tf.Tensor, drafts: tf.Tensor, sampling: Sampling, stream: tf.Tensor
+    logits: tf.Tensor, q: tf.Tensor, drafts: tf.Tensor, sampling: Sampling, stream: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Accept drafts so that the outcome is distributed as if there had been none.
 
-    Speculative sampling (arXiv 2211.17192, algorithm 1): draft d is kept with probability
+    At temperature 0 a draft is kept if it is the model's best token. Above, this is
+    speculative sampling (arXiv 2211.17192, algorithm 1): draft d is kept with probability
     `min(1, p(d) / q(d))`; the first one refused is replaced by a draw from `max(p - q, 0)`.
-    At temperature 0 both are one-hot and this is plain comparison.
 
     Args:
-        p: `[B, K + 1, V]`: the model's distribution after the pending token and each draft.
-        q: `[B, K, V]`: what each draft was drawn from.
+        logits: `[B, K + 1, V]`: the model's, after the pending token and each draft.
+        q: `[B, K, V]`: what each draft was drawn from; not read at temperature 0.
         drafts: `[B, K]` int32.
         sampling: how tokens are chosen.
         stream: tells the draws of different rounds apart.
@@ -79,18 +103,37 @@ def verify(
         `tokens [B, K + 1]`: the accepted drafts, then one token of the model's own, then
         nothing of meaning; `accepted [B]`: how many drafts were.
     """
-    count = drafts.shape[1]
-    if not count:
-        return draw(p[:, 0], sampling, stream)[:, None], tf.zeros([tf.shape(p)[0]], tf.int32)
+    if not drafts.shape[1]:
+        return choose(logits[:, 0], sampling, stream)[:, None], tf.zeros_like(
+            logits[:, 0, 0], tf.int32
+        )
+
+    def greedy() -> tuple[tf.Tensor, tf.Tensor]:
+        tokens = best(logits)
+        return tokens, _agreeing(drafts == tokens[:, :-1])
+
+    def warm() -> tuple[tf.Tensor, tf.Tensor]:
+        return _verify_drawn(probabilities(logits, sampling), q, drafts, sampling, stream)
+
+    return tf.cond(sampling.temperature > 0, warm, greedy)
+
+
+def _agreeing(kept: tf.Tensor) -> tf.Tensor:
+    """Count the leading true values of each row."""
+    return tf.reduce_sum(tf.math.cumprod(tf.cast(kept, tf.int32), axis=1), axis=1)
+
+
+def _verify_drawn(
+    p: tf.Tensor, q: tf.Tensor, drafts: tf.Tensor, sampling: Sampling, stream: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
     of_p = tf.gather(p[:, :-1], drafts, batch_dims=2)
     of_q = tf.gather(q, drafts, batch_dims=2)
     luck = tf.random.stateless_uniform(tf.shape(of_p), [sampling.seed, stream + 1])
-    kept = tf.cast(luck * of_q < of_p, tf.int32)
-    accepted = tf.reduce_sum(tf.math.cumprod(kept, axis=1), axis=1)
+    accepted = _agreeing(luck * of_q < of_p)
     # A draft distribution of zero behind the last draft makes the bonus token a plain draw.
     q = tf.concat([q, tf.zeros_like(p[:, :1])], axis=1)
     rest = tf.maximum(tf.gather(p - q, accepted, batch_dims=1), 0)
     own = draw(rest / tf.reduce_sum(rest, axis=-1, keepdims=True), sampling, stream)
     padded = tf.concat([drafts, drafts[:, :1]], axis=1)
-    own_place = tf.range(count + 1)[None] == accepted[:, None]
+    own_place = tf.range(drafts.shape[1] + 1)[None] == accepted[:, None]
     return tf.where(own_place, own[:, None], padded), accepted
