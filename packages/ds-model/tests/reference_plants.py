@@ -14,6 +14,7 @@ import pytest
 import tensorflow as tf
 
 import ds_attention.mla
+from ds_attention import CausalMask, MultiHeadLatentAttention
 from ds_attention.rope import YarnConfig
 from ds_model.block import MTPModule
 from ds_moe.router import Router
@@ -36,21 +37,23 @@ class Plant:
     patch: Patch
 
 
-def _mask(change: Callable[[tf.Tensor], tf.Tensor]) -> Patch:
-    honest = ds_attention.mla.masked_softmax
+def _mask(change: Callable[[CausalMask], CausalMask]) -> Patch:
+    honest = MultiHeadLatentAttention._attend_expanded
 
-    def planted(scores: tf.Tensor, mask: tf.Tensor, *rest: Any) -> tf.Tensor:
-        return honest(scores, change(mask), *rest)
+    def planted(layer: Any, q: Any, positions: Any, entries: Any, mask: CausalMask) -> tf.Tensor:
+        return honest(layer, q, positions, entries, change(mask))
 
-    return lambda monkeypatch: monkeypatch.setattr(ds_attention.mla, "masked_softmax", planted)
-
-
-def _one_ahead(mask: tf.Tensor) -> tf.Tensor:
-    return mask | tf.concat([mask[..., :1], mask[..., :-1]], axis=-1)
+    return lambda monkeypatch: monkeypatch.setattr(
+        MultiHeadLatentAttention, "_attend_expanded", planted
+    )
 
 
-def _padding_visible(mask: tf.Tensor) -> tf.Tensor:
-    return tf.cumsum(tf.cast(mask, tf.int32), axis=-1, reverse=True) > 0
+def _one_ahead(mask: CausalMask) -> CausalMask:
+    return mask._replace(slots=mask.slots + 1)
+
+
+def _padding_visible(mask: CausalMask) -> CausalMask:
+    return mask._replace(valid=None)
 
 
 def _rope_order(monkeypatch: pytest.MonkeyPatch) -> None:
