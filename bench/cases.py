@@ -88,10 +88,12 @@ def train(model: str, batch: int, length: int, **train_table: Any) -> dict[str, 
     start = time.perf_counter()
     stepping.step()
     first = time.perf_counter() - start
+    seconds = median_seconds(stepping.step)
+    stepping.stop()
     return sizes(config) | {
         "tokens": task.tokens,
         "first_seconds": first,
-        "seconds": median_seconds(stepping.step),
+        "seconds": seconds,
         "peak": peak_bytes(),
     }
 

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 from bench.agreement import Reference, ask, compare
 from bench.found import OURS, TRANSFORMERS, Agreement, Found, Missing, Row, Speed
@@ -70,12 +71,14 @@ def _agree(
         reference = ask(workers[TRANSFORMERS], train)
     if reference is None:
         return None
-    for name, process in workers.items():
+    for name, process in list(workers.items()):
         if (name, precision) == (TRANSFORMERS, "float32"):
             continue
         try:
             said = ask(process, train)
         except WorkerError as error:
+            if not process.alive:
+                del workers[name]
             reason = f"agreement not measured: {error}"
             found.missing.append(Missing(system=name, precision=precision, reason=reason))
             _say(f"{name}, {precision}: {reason}")
@@ -92,21 +95,39 @@ def _limits(workers: dict[str, Process]) -> list[dict[str, float]]:
 
 
 def time_row(workers: dict[str, Process], task: Task, rounds: int) -> Row:
-    """Warm everybody up for a task, then time pairs of us and each peer in turn."""
+    """Warm everybody up for a task, then time pairs of us and each peer in turn.
+
+    A worker that ends is taken out of `workers`.
+    """
     speeds = {}
-    for name, process in workers.items():
-        prepared = process.ask("prepare", task=task.to_json())
+    for name, process in list(workers.items()):
+        prepared = _prepare(process, task)
         _say(f"{task.key}: {name} {prepared}")
         if prepared["tried"]:
             speeds[name] = Speed.model_validate(prepared)
+        if not process.alive:
+            del workers[name]
     race = Race(workers, OURS, [name for name, speed in speeds.items() if speed.mode])
     for index in range(rounds):
         race.round(index)
-    for name, runs in race.runs.items():
-        speeds[name].speed = Spread.of(runs)
-    for name, pairs in race.pairs.items():
-        speeds[name].ratio = speed_ratios(pairs)
+    for name, reason in race.failed.items():
+        speeds[name] = Speed(mode=None, tried={"run": reason})
+        if not workers[name].alive:
+            del workers[name]
+    for name in race.runs.keys() - race.failed.keys():
+        speeds[name].speed = Spread.of(race.runs[name])
+        if race.pairs.get(name):
+            speeds[name].ratio = speed_ratios(race.pairs[name])
     return Row(task=task, systems=speeds, others=race.others.share(), idle=race.idle_share())
+
+
+def _prepare(process: Process, task: Task) -> dict[str, Any]:
+    """Let a worker warm up; one that fails has no mode, and says why."""
+    try:
+        prepared: dict[str, Any] = process.ask("prepare", task=task.to_json())
+    except WorkerError as error:
+        return {"mode": None, "tried": {"warm-up": str(error)}}
+    return prepared
 
 
 def _say(text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import tempfile
@@ -14,6 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 ROOT = Path(__file__).resolve().parents[1]
+MOST_MEMORY = 0.6  # of the machine's, for one worker
 
 
 class WorkerError(Exception):
@@ -42,11 +44,20 @@ class Process:
             env={**os.environ, **environment},
             start_new_session=True,
         )
+        # One that asks for too much fails by itself, before the system ends whom it likes.
+        most = int(MOST_MEMORY * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        with suppress(ProcessLookupError):
+            resource.prlimit(self._process.pid, resource.RLIMIT_DATA, (most, most))
 
     @property
     def session(self) -> int:
         """The id that its own and its children's entries under /proc carry."""
         return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can be asked again."""
+        return self._process.poll() is None
 
     def ask(self, call: str, **arguments: Any) -> Any:
         """Return the value of one call.

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from bench.load import OtherLoad, session_seconds
-from bench.process import Process
+from bench.process import Process, WorkerError
 from bench.ratios import pair_order
 
 SETTLE = 0.3  # seconds between runs: some pools spin that long after their work
@@ -23,6 +23,7 @@ class Race:
     Attributes:
         runs: each system's tokens a second, run by run.
         pairs: for each peer, the speeds of `first` and of the peer, pair by pair.
+        failed: why those failed that did; they take part no longer.
         others: what strangers took of the processors.
     """
 
@@ -32,6 +33,7 @@ class Race:
         self._peers = [] if self._alone else [name for name in able if name != first]
         self.runs: dict[str, list[float]] = {name: [] for name in able}
         self.pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in self._peers}
+        self.failed: dict[str, str] = {}
         self.others = OtherLoad(process.session for process in workers.values())
         self._start, self._idle = time.monotonic(), 0.0
 
@@ -40,22 +42,28 @@ class Race:
         for name in self._alone:
             self._run(name)
         for peer, we_first in pair_order(index, self._peers):
-            if we_first:
-                ours = self._run(self._first)
-                theirs = self._run(peer)
-            else:
-                theirs = self._run(peer)
-                ours = self._run(self._first)
-            self.pairs[peer].append((ours, theirs))
+            if self.failed.keys() & {self._first, peer}:
+                continue
+            order = (self._first, peer) if we_first else (peer, self._first)
+            speeds = {name: self._run(name) for name in order}
+            ours, theirs = speeds[self._first], speeds[peer]
+            if ours is not None and theirs is not None:
+                self.pairs[peer].append((ours, theirs))
 
     def idle_share(self) -> float:
         """Return what the waiting workers took, as a share of one processor."""
         return round(self._idle / (time.monotonic() - self._start), 3)
 
-    def _run(self, name: str) -> float:
+    def _run(self, name: str) -> float | None:
+        if name in self.failed:
+            return None
         resting = [process.session for other, process in self._workers.items() if other != name]
         before = session_seconds(resting)
-        seconds, tokens = self._workers[name].ask("run")
+        try:
+            seconds, tokens = self._workers[name].ask("run")
+        except WorkerError as error:
+            self.failed[name] = str(error)
+            return None
         self._idle += session_seconds(resting) - before
         speed = float(tokens / seconds)
         self.runs[name].append(speed)

@@ -14,6 +14,8 @@ class Fake:
     def ask(self, call):
         assert call == "run"
         self.log.append(self.name)
+        if self.speed is None:
+            raise race.WorkerError("out of memory")
         return [2.0, 2.0 * self.speed]
 
 
@@ -50,3 +52,10 @@ def test_without_us_the_peers_run_alone(run):
     assert log == ["a", "b"] * 2
     assert made.runs == {"a": [10, 10], "b": [15, 15]}
     assert made.pairs == {}
+
+
+def test_a_peer_that_fails_is_left_out_and_the_rest_goes_on(run):
+    made, log = run(2, ours=30, a=None, b=15)
+    assert made.failed == {"a": "out of memory"}
+    assert log.count("a") == 1
+    assert made.pairs == {"a": [], "b": [(30, 15)] * 2}

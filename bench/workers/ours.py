@@ -30,6 +30,7 @@ class Ours(Worker):
         tf.config.threading.set_intra_op_parallelism_threads(threads)
         tf.config.threading.set_inter_op_parallelism_threads(1)
         self._lm = load(model, precision)
+        self._stepping: Stepping | None = None
 
     def versions(self) -> dict[str, str]:
         """Return TensorFlow's and Keras'."""
@@ -46,6 +47,7 @@ class Ours(Worker):
             "prefill": lambda: self._prefill(task),
             "decode": lambda: self._decode(task),
         }
+        self._stop_training()
         return {"tf.function": ways[task.kind]}
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
@@ -59,7 +61,9 @@ class Ours(Worker):
 
     def first_step(self, task: Task) -> dict[str, float]:
         """Return the loss and gradient norm of the first step that is timed later."""
-        metrics = Stepping(self.model, task, self.vocab_size()).step()
+        stepping = Stepping(self.model, task, self.vocab_size())
+        metrics = stepping.step()
+        stepping.stop()
         return {"loss": metrics.cross_entropy, "gradient_norm": metrics.gradient_norm}
 
     def limits(self) -> dict[str, float]:
@@ -96,7 +100,7 @@ class Ours(Worker):
         return run
 
     def _train(self, task: Task) -> Run:
-        stepping = Stepping(self.model, task, self.vocab_size())
+        stepping = self._stepping = Stepping(self.model, task, self.vocab_size())
 
         def run() -> Timed:
             start = time.perf_counter()
@@ -105,12 +109,23 @@ class Ours(Worker):
 
         return run
 
+    def _stop_training(self) -> None:
+        """Let the trainer and its memory go; other tasks come."""
+        self._run = None
+        if self._stepping is not None:
+            self._stepping.stop()
+            self._stepping = None
+
 
 def load(model: Path, precision: Precision) -> CausalLM:
     """Open the model with weights of a precision."""
     if precision == "int8":
         raise ValueError("8-bit weights are not part of the model yet")
     return CausalLM.from_pretrained(model, dtype=precision)
+
+
+class _StoppedError(Exception):
+    """Leaves the trainer's loop."""
 
 
 class Stepping(Callback):
@@ -121,7 +136,7 @@ class Stepping(Callback):
     """
 
     def __init__(self, model: Path, task: Task, vocab_size: int, **train_table: Any) -> None:
-        self._go: Queue[None] = Queue()
+        self._go: Queue[bool] = Queue()  # False: stop
         self._done: Queue[StepMetrics | None] = Queue()
         self._error: Exception | None = None
         precise = task.precision == "float32"
@@ -149,28 +164,40 @@ class Stepping(Callback):
         )
         for mine, theirs in zip(self._trainer.model.weights, source.weights, strict=True):
             mine.assign(theirs)
-        threading.Thread(target=self._loop, daemon=True).start()
+        self._thread = threading.Thread(target=self._loop, daemon=True)
+        self._thread.start()
 
     def step(self) -> StepMetrics:
         """Do one step: loss, gradients, clipping, AdamW."""
-        self._go.put(None)
+        self._go.put(True)
         found = self._done.get()
         if found is None:
             raise RuntimeError(f"the trainer stopped: {self._error}") from self._error
         return found
 
+    def stop(self) -> None:
+        """End the loop between two steps."""
+        self._go.put(False)
+        self._thread.join()
+
     def on_start(self, step: int, steps: int) -> None:  # noqa: ARG002 - the trainer says them
         """Wait to be told to do the first step."""
-        self._go.get()
+        self._wait()
 
     def on_step(self, metrics: StepMetrics) -> None:
         """Hand over what the step found, and wait for the next."""
         self._done.put(metrics)
-        self._go.get()
+        self._wait()
+
+    def _wait(self) -> None:
+        if not self._go.get():
+            raise _StoppedError
 
     def _loop(self) -> None:
         try:
             self._trainer.train()
+        except _StoppedError:
+            return
         except Exception as error:  # noqa: BLE001 - carried to the thread that asked
             self._error = error
             self._done.put(None)

@@ -114,15 +114,16 @@ class Transformers(Worker):
         return run
 
     def _decode(self, task: Task, experts: str, compiled: bool) -> Run:
-        call = self._ready(experts, compiled)
         ids = torch.tensor(task.ids(self.vocab_size())).long()
         room = task.length + task.new
         config = self._lm.config
         kept: Any = DynamicCache(config=config)
         if compiled:  # only a cache of fixed size keeps the compiled code from being made again
             kept = StaticCache(config=config, max_cache_len=room + 1)
+        self._lm.set_experts_implementation("grouped_mm")  # the prompt is too long for the other
         with torch.inference_mode():
             first = self._next(self._lm, ids, kept)
+        call = self._ready(experts, compiled)
 
         def run() -> Timed:
             token = first
