@@ -90,6 +90,12 @@ def speeds_table(found: Found) -> str:
         f"{missing.reason}"
         for missing in found.missing
     ]
+    gone += [
+        f"- {name}, {row.task.title}: {'; '.join(map(str, speed.tried.values()))}"
+        for row in found.rows
+        for name, speed in row.systems.items()
+        if speed.mode is None
+    ]
     return "\n".join(lines + (["", "Did not take part:", "", *gone] if gone else []))
 
 

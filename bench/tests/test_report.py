@@ -23,6 +23,20 @@ def test_what_is_missing_says_why(found, config):
     assert "- ours, int8: no such weights yet" in text
 
 
+def test_a_peer_that_failed_at_a_row_says_why(found, config):
+    failed = (
+        found.rows[0]
+        .systems["vLLM"]
+        .model_copy(
+            update={"mode": None, "speed": None, "ratio": None, "tried": {"run": "out of memory"}}
+        )
+    )
+    found.rows[0].systems["vLLM"] = failed
+    text = report.page(found, config, {})
+    assert "- vLLM, prefill, 1 x 512, float32: out of memory" in text
+    assert "| 2,000 (transformers) |" in line(text, "| prefill, 1 x 512, float32 |")
+
+
 def test_a_disagreement_is_shown(found, config):
     text = report.page(found, config, {})
     assert "| vLLM | float32 | 2e-06 | 8 of 8 | 3 of 32 | - | - |" in text
