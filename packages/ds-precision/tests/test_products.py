@@ -151,7 +151,7 @@ def stock_attention(q, kv, k_rope, rotation, allowed, scale, interleave):
     dtype=types,
     seed=seeds,
 )
-def test_attention_and_its_gradients(  # noqa: PLR0913 - the branches of one operation
+def test_attention_and_its_gradients(
     queries, earlier, heads, nope, pairs, value, padded, interleave, own_rows, dtype, seed
 ):
     rng = np.random.default_rng(seed)

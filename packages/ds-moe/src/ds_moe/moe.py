@@ -14,6 +14,7 @@ from ds_moe.config import MoEConfig
 from ds_moe.experts import run_experts
 from ds_moe.router import Router, Routing
 from ds_moe.swiglu import SwiGLU
+from ds_precision import Int8Weights, replace_by_int8
 
 
 @keras.saving.register_keras_serializable(package="ds_moe")
@@ -84,13 +85,37 @@ class MixtureOfExperts(keras.layers.Layer):
             x_TD,
             routing.indices,
             routing.gates,
-            tf.convert_to_tensor(self.gate_up_proj),
-            tf.convert_to_tensor(self.down_proj),
+            *self._experts(),
         )
         y = tf.reshape(y, tf.shape(x))
         if self.shared_experts is not None:
             y += self.shared_experts(x)
         return tf.ensure_shape(y, x.shape), routing
+
+    def _experts(self) -> tuple[tf.Tensor | Int8Weights, ...]:
+        if self.gate_up_proj is not None:
+            return tf.convert_to_tensor(self.gate_up_proj), tf.convert_to_tensor(self.down_proj)
+        return (
+            Int8Weights(self.gate_up_proj_values, self.gate_up_proj_scales),
+            Int8Weights(self.down_proj_values, self.down_proj_scales),
+        )
+
+    def quantize(self, mode: str = "int8", **_: Any) -> None:
+        """Replace the routed experts by 8-bit weights, for inference.
+
+        Args:
+            mode: "int8", the one there is.
+            **_: what else Keras hands over.
+
+        Raises:
+            ValueError: another mode, or a width that is not a multiple of 32.
+        """
+        if mode != "int8":
+            raise ValueError(f"mode is {mode!r}; it must be 'int8'")
+        if self.gate_up_proj is None:
+            return
+        self.gate_up_proj_values, self.gate_up_proj_scales = replace_by_int8(self, "gate_up_proj")
+        self.down_proj_values, self.down_proj_scales = replace_by_int8(self, "down_proj")
 
     def get_config(self) -> dict[str, Any]:
         """Return what `from_config` needs to make an equal layer."""

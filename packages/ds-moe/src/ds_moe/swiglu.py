@@ -8,7 +8,7 @@ import keras
 import tensorflow as tf
 
 from ds_moe.experts import swiglu
-from ds_precision import Linear, fused_experts, use_kernels
+from ds_precision import Int8Weights, Linear, fused_experts, use_kernels
 
 
 @keras.saving.register_keras_serializable(package="ds_moe")
@@ -53,8 +53,7 @@ class SwiGLU(keras.layers.Layer):
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """Map `[..., hidden_size]` to the same shape."""
-        gate_up, down = self.gate_up_proj.kernel, self.down_proj.kernel
-        if not use_kernels(x, gate_up, down):
+        if not use_kernels(x):
             return self.down_proj(swiglu(self.gate_up_proj(x)))
         # One expert that every token chooses.
         tokens = tf.reduce_prod(tf.shape(x)[:-1])
@@ -62,8 +61,8 @@ class SwiGLU(keras.layers.Layer):
             x,
             tf.zeros([tokens, 1], tf.int32),
             tf.ones([tokens, 1]),
-            tf.convert_to_tensor(gate_up)[None],
-            tf.convert_to_tensor(down)[None],
+            _stacked(self.gate_up_proj.weights_to_multiply),
+            _stacked(self.down_proj.weights_to_multiply),
         )
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
@@ -77,3 +76,10 @@ class SwiGLU(keras.layers.Layer):
             "intermediate_size": self.intermediate_size,
             "initializer_range": self.initializer_range,
         }
+
+
+def _stacked(weights: Any) -> tf.Tensor | Int8Weights:
+    """Return one expert's weights as a stack of one."""
+    if isinstance(weights, Int8Weights):
+        return Int8Weights(*(tf.convert_to_tensor(part)[None] for part in weights))
+    return tf.convert_to_tensor(weights)[None]

@@ -10,12 +10,14 @@ from ds_precision.products import (
     traced_for_xla,
     use_kernels,
 )
+from ds_precision.weight_only import Int8Weights, quantize_int8, replace_by_int8
 
 __all__ = [
     "E4M3",
     "E5M2",
     "BlockScaled",
     "Format",
+    "Int8Weights",
     "Linear",
     "cast",
     "dequantize_blocks",
@@ -24,6 +26,8 @@ __all__ = [
     "fused_latent_attention",
     "matmul",
     "quantize_blocks",
+    "quantize_int8",
+    "replace_by_int8",
     "traced_for_xla",
     "use_kernels",
 ]

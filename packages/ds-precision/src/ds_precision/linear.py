@@ -13,6 +13,7 @@ import keras
 import tensorflow as tf
 
 from ds_precision.products import fast_matmul, use_kernels
+from ds_precision.weight_only import Int8Weights, replace_by_int8
 
 
 def matmul(x: tf.Tensor, kernel: Any) -> tf.Tensor:
@@ -23,11 +24,16 @@ def matmul(x: tf.Tensor, kernel: Any) -> tf.Tensor:
 
     Args:
         x: `[..., in]`, floating.
-        kernel: `[in, out]`, tensor or variable of any float type; cast to the type of `x`.
+        kernel: `[in, out]`, tensor or variable of any float type, cast to the type of `x`; or
+            `Int8Weights`.
 
     Returns:
         `[..., out]` in the type of `x`.
     """
+    if isinstance(kernel, Int8Weights):
+        if use_kernels(x):
+            return fast_matmul(x, kernel)
+        kernel = kernel.dequantize(x.dtype)
     kernel = tf.convert_to_tensor(kernel)
     if use_kernels(x, kernel):
         return fast_matmul(x, kernel)
@@ -75,8 +81,30 @@ class Linear(keras.layers.Layer):
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """Map `[..., in]` to `[..., units]`."""
-        y = matmul(x, self.kernel)
+        y = matmul(x, self.weights_to_multiply)
         return y if self.bias is None else y + tf.cast(self.bias, y.dtype)
+
+    @property
+    def weights_to_multiply(self) -> Any:
+        """What `matmul` takes: the kernel, or its 8-bit form after `quantize`."""
+        if self.kernel is not None:
+            return self.kernel
+        return Int8Weights(self.kernel_values, self.kernel_scales)
+
+    def quantize(self, mode: str = "int8", **_: Any) -> None:
+        """Replace the kernel by 8-bit weights, for inference; see `quantize_int8`.
+
+        Args:
+            mode: "int8", the one there is.
+            **_: what else Keras hands over.
+
+        Raises:
+            ValueError: another mode, or an `in` that is not a multiple of 32.
+        """
+        if mode != "int8":
+            raise ValueError(f"mode is {mode!r}; it must be 'int8'")
+        if self.kernel is not None:
+            self.kernel_values, self.kernel_scales = replace_by_int8(self, "kernel")
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         """Return `input_shape` with its last axis replaced by `units`."""

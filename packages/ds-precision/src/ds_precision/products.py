@@ -12,6 +12,7 @@ from tensorflow.python.framework import ops
 from tensorflow.python.ops import control_flow_util
 
 from ds_precision.kernels import kernels
+from ds_precision.weight_only import Int8Weights
 
 TYPES = (tf.float32, tf.bfloat16)
 
@@ -35,7 +36,7 @@ def traced_for_xla() -> bool:
     return control_flow_util.GraphOrParentsInXlaContext(ops.get_default_graph())
 
 
-def fast_matmul(x: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
+def fast_matmul(x: tf.Tensor, kernel: tf.Tensor | Int8Weights) -> tf.Tensor:
     """Multiply `x [..., in]` by `kernel [in, out]`, by the compiled product.
 
     The kernel is read in its own type; `x` is not widened in memory. Sums are float32.
@@ -43,13 +44,18 @@ def fast_matmul(x: tf.Tensor, kernel: tf.Tensor) -> tf.Tensor:
     Returns:
         `[..., out]` in the type of `x`.
     """
-    y = kernels().ds_matmul(x=x, w=kernel, scales=_no_scales())
-    y.set_shape([*x.shape[:-1], kernel.shape[-1]])
+    w, scales = _parts(kernel)
+    y = kernels().ds_matmul(x=x, w=w, scales=scales)
+    y.set_shape([*x.shape[:-1], w.shape[-1]])
     return y
 
 
 def fused_experts(
-    x: tf.Tensor, indices: tf.Tensor, gates: tf.Tensor, gate_up: tf.Tensor, down: tf.Tensor
+    x: tf.Tensor,
+    indices: tf.Tensor,
+    gates: tf.Tensor,
+    gate_up: tf.Tensor | Int8Weights,
+    down: tf.Tensor | Int8Weights,
 ) -> tf.Tensor:
     """Return `y_t = sum_k gate_tk * down_e(silu(gate_e x_t) * up_e x_t)` with `e = e_tk`.
 
@@ -59,7 +65,7 @@ def fused_experts(
         x: `[..., D]`, float32 or bfloat16; T rows in all.
         indices: `[T, K]` int32, each in `[0, E)`.
         gates: `[T, K]` float32.
-        gate_up: `[E, D, 2I]`, gate first; float32 or bfloat16, whatever `x` is.
+        gate_up: `[E, D, 2I]`, gate first; float32 or bfloat16, whatever `x` is, or 8-bit.
         down: `[E, I, D]`, of the type of `gate_up`.
 
     Returns:
@@ -68,18 +74,31 @@ def fused_experts(
     Raises:
         tf.errors.InvalidArgumentError: an index is out of range, or sizes do not fit.
     """
-    y = kernels().ds_experts(
-        x=x,
-        indices=indices,
-        gates=gates,
-        up=gate_up,
-        up_scales=_no_scales(),
-        down=down,
-        down_scales=_no_scales(),
-        keep=True,
-    ).y
+    up_values, up_scales = _parts(gate_up)
+    down_values, down_scales = _parts(down)
+    y = (
+        kernels()
+        .ds_experts(
+            x=x,
+            indices=indices,
+            gates=gates,
+            up=up_values,
+            up_scales=up_scales,
+            down=down_values,
+            down_scales=down_scales,
+            keep=True,
+        )
+        .y
+    )
     y.set_shape(x.shape)
     return y
+
+
+def _parts(weights: tf.Tensor | Int8Weights) -> tuple[tf.Tensor, tf.Tensor]:
+    """Return the numbers and their scales, none for floating weights."""
+    if isinstance(weights, Int8Weights):
+        return tf.convert_to_tensor(weights.values), tf.convert_to_tensor(weights.scales)
+    return weights, _no_scales()
 
 
 def _no_scales() -> tf.Tensor:
@@ -146,17 +165,21 @@ def fused_attention(
         tf.errors.InvalidArgumentError: sizes do not fit.
     """
     cosines, sines = rotation
-    y = kernels().ds_attention(
-        q=q,
-        kv=kv,
-        k_rope=k_rope,
-        cosines=cosines,
-        sines=sines,
-        slots=slots,
-        valid=tf.zeros([0, 0], tf.bool) if valid is None else valid,
-        scale=scale,
-        interleave=interleave,
-    ).y
+    y = (
+        kernels()
+        .ds_attention(
+            q=q,
+            kv=kv,
+            k_rope=k_rope,
+            cosines=cosines,
+            sines=sines,
+            slots=slots,
+            valid=tf.zeros([0, 0], tf.bool) if valid is None else valid,
+            scale=scale,
+            interleave=interleave,
+        )
+        .y
+    )
     y.set_shape([*q.shape[:3], kv.shape[-1] - (q.shape[-1] - k_rope.shape[-1])])
     return y
 
