@@ -147,3 +147,20 @@ def test_a_summary_names_the_parts(model):
     text = "\n".join(lines)
     for part in ("embed_tokens", "block_0", "block_1", "lm_head", "mtp_1"):
         assert part in text
+
+
+@pytest.mark.parametrize("kept", [1, 3, 20])
+def test_the_head_may_see_the_last_positions_alone(model, kept):
+    ids = tokens(2, 10)
+    mask = np.ones((2, 10), int)
+    mask[0, :4] = 0
+    whole, short = (model.forward(ids, mask, mtp=True, logits_to_keep=count) for count in (0, kept))
+    assert within(short.logits, whole.logits[:, -kept:]) < 1e-6
+    assert within(model(ids, mask, logits_to_keep=kept), short.logits) < 1e-6
+    for ours, all_of_them in zip(short.mtp_logits, whole.mtp_logits, strict=True):
+        assert within(ours, all_of_them[:, -kept:]) < 1e-6
+
+
+def test_fewer_logits_than_none_are_refused(model):
+    with pytest.raises(ValueError, match="logits_to_keep is -1; it must be 0"):
+        model(tokens(1, 4), logits_to_keep=-1)

@@ -32,6 +32,7 @@ def test_model_fields_override_the_preset(tmp_path):
         ("[optimizer]\nbeta_2 = 1.5\n", ["[optimizer] beta_2", "1.5", "less than 1"]),
         ("[train]\nsteps = 'many'\n", ["[train] steps", "'many'", "integer"]),
         ("[train]\ndtype_policy = 'int3'\n", ["dtype_policy", "int3", "mixed_bfloat16"]),
+        ("[train]\nrecompute = true\n", ["[train] recompute", "'none' or 'block'"]),
         ("[train]\nbatch_size = 6\naccumulation = 4\n", ["accumulation = 4", "batch_size = 6"]),
         ("[schedule]\nconstant_until = 0.9\ncosine_until = 0.5\n", ["[schedule]", "in order"]),
         ("[model]\npreset = 'huge'\n", ["[model]", "huge", "mini"]),

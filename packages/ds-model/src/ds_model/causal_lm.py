@@ -20,6 +20,7 @@ from ds_model.checkpoint import load_into, mtp_depth_present, save, unwritten
 from ds_model.config import ModelConfig
 from ds_model.fit import training_step
 from ds_model.generate import GenerationStats, Generator
+from ds_model.recompute import Recompute, check_recompute, run_block
 from ds_moe import MixtureOfExperts, Routing
 from ds_precision import Linear, matmul
 
@@ -28,9 +29,10 @@ class ModelOutput(NamedTuple):
     """What one pass gives.
 
     Attributes:
-        logits: `[B, S, V]` float32: position i predicts token i + 1.
+        logits: `[B, S, V]` float32: position i predicts token i + 1. With `logits_to_keep` the
+            last so many positions alone.
         mtp_logits: depth k (from 1) is `[B, S - k, V]` float32: position i predicts token
-            i + k + 1. Empty unless asked for.
+            i + k + 1. Empty unless asked for; cut short as `logits` is.
         routings: one for each expert layer, in the order of `CausalLM.moe_layers`.
     """
 
@@ -108,15 +110,20 @@ class CausalLM(keras.Model):
         input_ids: tf.Tensor,
         attention_mask: tf.Tensor | None = None,
         training: bool = False,
+        logits_to_keep: int = 0,
     ) -> tf.Tensor:
-        """Return logits `[B, S, V]` in float32.
+        """Return logits `[B, S, V]` in float32, or `[B, logits_to_keep, V]`.
 
         Args:
             input_ids: `[B, S]` integer.
             attention_mask: `[B, S]`; 0 is padding, left or right.
             training: makes no difference to the arithmetic.
+            logits_to_keep: the head sees the last so many positions alone, padding included, as
+                in `transformers`; 0 is all.
         """
-        return self.forward(input_ids, attention_mask, training).logits
+        return self.forward(
+            input_ids, attention_mask, training, logits_to_keep=logits_to_keep
+        ).logits
 
     def forward(
         self,
@@ -124,6 +131,8 @@ class CausalLM(keras.Model):
         attention_mask: tf.Tensor | None = None,
         training: bool = False,  # noqa: ARG002 - no dropout in this family
         mtp: bool = False,
+        recompute: Recompute = "none",
+        logits_to_keep: int = 0,
     ) -> ModelOutput:
         """Do one pass and return all that comes of it; arguments as for `call`.
 
@@ -132,7 +141,17 @@ class CausalLM(keras.Model):
             attention_mask: `[B, S]`; 0 is padding, left or right.
             training: makes no difference to the arithmetic.
             mtp: run the MTP modules too.
+            recompute: what blocks and MTP modules compute again in the backward pass to hold less
+                until then: "none", or "block": all but their input.
+            logits_to_keep: how many positions, from the end, the heads see; 0 is all.
+
+        Raises:
+            ValueError: no such policy; `logits_to_keep` is negative.
         """
+        check_recompute(recompute)
+        if logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep is {logits_to_keep}; it must be 0 (all) or more")
+        kept = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
         input_ids = tf.convert_to_tensor(input_ids)
         if attention_mask is not None:
             attention_mask = tf.cast(attention_mask, tf.int32)
@@ -140,16 +159,17 @@ class CausalLM(keras.Model):
         h = self.embed_tokens(input_ids)
         routings = []
         for block in self.blocks:
-            h, routing = block(h, window)
+            h, routing = run_block(block, window, recompute, h)
             routings.append(routing)
         h = self.norm(h)
-        logits = self.head(h)
+        logits = self.head(h[:, kept])
         mtp_logits = []
         for k, module in enumerate(self.mtp if mtp else (), start=1):
             window = _shifted(attention_mask, input_ids, k)
-            h, routing = module(h[:, :-1], self.embed_tokens(input_ids[:, k:]), window)
+            embedded = self.embed_tokens(input_ids[:, k:])
+            h, routing = run_block(module, window, recompute, h[:, :-1], embedded)
             routings.append(routing)
-            mtp_logits.append(self.head(h))
+            mtp_logits.append(self.head(h[:, kept]))
         found = tuple(routing for routing in routings if routing is not None)
         return ModelOutput(logits, tuple(mtp_logits), found)
 

@@ -94,13 +94,14 @@ class LossTable(_Table):
 
 
 class TrainTable(_Table):
-    """`[train]`: how long, how much at a time, in what precision."""
+    """`[train]`: how long, how much at a time, in what precision, what is held meanwhile."""
 
     steps: Positive = 1000
     batch_size: Positive = 8
     accumulation: Positive = 1
     seed: Annotated[int, Field(ge=0)] = 0
     dtype_policy: Literal["float32", "mixed_bfloat16"] = "float32"
+    recompute: Literal["none", "block"] = "none"
     log_every: Positive = 10
 
     @model_validator(mode="after")

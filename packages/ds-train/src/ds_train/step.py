@@ -18,6 +18,7 @@ import tensorflow as tf
 
 from ds_model import CausalLM
 from ds_moe import update_biases
+from ds_precision import fused_square_sum, use_kernels
 from ds_train.config import TrainConfig
 from ds_train.losses import pretraining_loss
 from ds_train.optimizer import AdamW
@@ -74,20 +75,22 @@ class TrainStep:
         """
         sums = self._accumulate(tokens_NBS)
         count = tokens_NBS.shape[0]
-        gradients = [g / count for g in sums.gradients] if count > 1 else sums.gradients
+        gradients = sums.gradients
         scalars = {name: value / count for name, value in sums.scalars.items()}
         context = tf.distribute.get_replica_context()
         replicas = context.num_replicas_in_sync
         loads = sums.loads
         if replicas > 1:
-            gradients = context.all_reduce(tf.distribute.ReduceOp.MEAN, gradients)
+            gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
             scalars = context.all_reduce(tf.distribute.ReduceOp.MEAN, scalars)
-        gradients, norm = clip_by_global_norm(gradients, self._config.optimizer.clip_norm)
+        # The optimizer scales the gradients as it reads them: no pass of its own for that.
+        share = 1.0 / (count * replicas)
+        scale, norm = clip_scale(gradients, self._config.optimizer.clip_norm, share)
         step = tf.cast(self._optimizer.iterations, tf.float32)
         scalars["gradient_norm"] = norm
         scalars["learning_rate"] = tf.cast(self._optimizer.learning_rate, tf.float32)
         # Keras' optimizer sums over replicas; these are already the same on all of them.
-        self._optimizer.apply([g / replicas for g in gradients] if replicas > 1 else gradients)
+        self._optimizer.apply(gradients, scale=scale / replicas)
         self._balance(loads, step)
         if replicas > 1 and loads:
             loads = context.all_reduce(tf.distribute.ReduceOp.SUM, loads)
@@ -146,14 +149,21 @@ class TrainStep:
         update_biases(routers, loads, speed)  # sums the loads over replicas itself
 
 
-def clip_by_global_norm(
-    gradients: Sequence[tf.Tensor], clip_norm: float
-) -> tuple[list[tf.Tensor], tf.Tensor]:
-    """Scales all gradients by `min(1, clip_norm / (norm + 1e-6))`, as torch's clipping does.
+def clip_scale(
+    gradients: Sequence[tf.Tensor], clip_norm: float, share: float = 1.0
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns what to multiply gradients by so that they are clipped as torch does it.
+
+    Args:
+        gradients: Of any shapes.
+        clip_norm: Largest norm of all of them together.
+        share: What they are to be multiplied by anyway, before clipping.
 
     Returns:
-        The scaled gradients and their norm before, float32.
+        `share * min(1, clip_norm / (norm + 1e-6))` and `norm`, that of `share * gradients`;
+        float32 scalars.
     """
-    norm = tf.linalg.global_norm(gradients)
-    scale = tf.minimum(1.0, clip_norm / (norm + 1e-6))
-    return [g * tf.cast(scale, g.dtype) for g in gradients], norm
+    fused = use_kernels(*gradients) and all(g.dtype == tf.float32 for g in gradients)
+    found = tf.sqrt(fused_square_sum(gradients)) if fused else tf.linalg.global_norm(gradients)
+    norm = share * tf.cast(found, tf.float32)
+    return share * tf.minimum(1.0, clip_norm / (norm + 1e-6)), norm

@@ -25,7 +25,7 @@ from ds_train.step import StepOutput, TrainStep
 
 # Tables whose values do not change the numbers of a run.
 _FREE_TABLES = ("checkpoint",)
-_FREE_KEYS = {"train": ("log_every",), "data": ("suffixes", "held_out")}
+_FREE_KEYS = {"train": ("log_every", "recompute"), "data": ("suffixes", "held_out")}
 
 
 class Trainer:
