@@ -37,6 +37,26 @@ def test_equals_torchs_formula_in_float64(betas, eps):
         np.testing.assert_allclose(variables[name].numpy(), want, rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_float32_update_equals_torchs_formula(compiled, scale, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr("ds_train.optimizer.use_kernels", lambda *_: False)
+    rng = np.random.default_rng(2)
+    start = {"matrix": rng.normal(size=(9, 5)), "norm": rng.normal(size=(21,))}
+    grads = {k: [rng.normal(size=v.shape) for _ in range(6)] for k, v in start.items()}
+    variables = {k: keras.Variable(v, dtype="float32", name=k) for k, v in start.items()}
+    optimizer = AdamW(1e-2, 0.9, 0.95, weight_decay=0.1)
+    optimizer.build(list(variables.values()))
+    apply = tf.function(lambda found: optimizer.apply(found, scale=scale), autograph=False)
+    for step in range(6):
+        apply([tf.constant(grads[k][step], tf.float32) for k in start])
+    for name, decay in [("matrix", 0.1), ("norm", 0.0)]:
+        scaled = [scale * g for g in grads[name]]
+        want = torch_adamw(start[name], scaled, 1e-2, (0.9, 0.95), 1e-8, decay)
+        np.testing.assert_allclose(variables[name].numpy(), want, rtol=0, atol=2e-6)
+
+
 def test_epsilon_stands_after_the_bias_correction():
     # With one step and |g| << eps the two places of epsilon differ by sqrt(1 - b2): 4.5 times.
     variable = keras.Variable(np.zeros(1), dtype="float64")

@@ -7,6 +7,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from ds_precision import fused_rms_norm, use_kernels
+
 
 @keras.saving.register_keras_serializable(package="ds_attention")
 class RMSNorm(keras.layers.Layer):
@@ -29,11 +31,14 @@ class RMSNorm(keras.layers.Layer):
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """Map `[..., features]` to the same shape and type."""
+        weight = tf.convert_to_tensor(self.weight)
+        if weight.dtype == tf.float32 and use_kernels(x):
+            return fused_rms_norm(x, weight, self.epsilon)
         wide = tf.cast(x, tf.float32) if x.dtype.size < 4 else x
         scale = tf.math.rsqrt(
             tf.reduce_mean(tf.square(wide), axis=-1, keepdims=True) + self.epsilon
         )
-        return tf.cast(wide * scale * tf.cast(self.weight, wide.dtype), x.dtype)
+        return tf.cast(wide * scale * tf.cast(weight, wide.dtype), x.dtype)
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         """Return `input_shape`."""

@@ -2,6 +2,13 @@
 
 from ds_precision.block_scaling import BlockScaled, dequantize_blocks, quantize_blocks
 from ds_precision.formats import E4M3, E5M2, Format, cast
+from ds_precision.fused import (
+    AdamWUpdate,
+    fused_adamw,
+    fused_cross_entropy,
+    fused_rms_norm,
+    fused_square_sum,
+)
 from ds_precision.latent_attention import fused_latent_attention
 from ds_precision.linear import Linear, matmul
 from ds_precision.products import (
@@ -15,15 +22,20 @@ from ds_precision.weight_only import Int8Weights, quantize_int8, replace_by_int8
 __all__ = [
     "E4M3",
     "E5M2",
+    "AdamWUpdate",
     "BlockScaled",
     "Format",
     "Int8Weights",
     "Linear",
     "cast",
     "dequantize_blocks",
+    "fused_adamw",
     "fused_attention",
+    "fused_cross_entropy",
     "fused_experts",
     "fused_latent_attention",
+    "fused_rms_norm",
+    "fused_square_sum",
     "matmul",
     "quantize_blocks",
     "quantize_int8",

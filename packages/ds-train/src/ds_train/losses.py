@@ -2,7 +2,8 @@
 
     loss = CE + lambda * mean_k CE_k + alpha * sum_layers L_balance
 
-Shape letters: B batch, S sequence (tokens of input), V vocabulary, k MTP depth.
+Shape letters: B batch, S sequence (tokens of input), V vocabulary, k MTP depth,
+T tokens (B * S).
 """
 
 from collections.abc import Sequence
@@ -11,10 +12,15 @@ import tensorflow as tf
 
 from ds_model import ModelOutput
 from ds_moe import Routing, sequence_balance_loss
+from ds_precision import fused_cross_entropy, use_kernels
 
 
 def cross_entropy(logits_BSV: tf.Tensor, labels_BS: tf.Tensor) -> tf.Tensor:
     """Returns the mean over all positions of `-log P(label)`, nats, float32 scalar."""
+    if use_kernels(logits_BSV):
+        logits_TV = tf.reshape(logits_BSV, [-1, logits_BSV.shape[-1]])
+        labels_T = tf.reshape(tf.cast(labels_BS, tf.int32), [-1])
+        return tf.reduce_mean(fused_cross_entropy(logits_TV, labels_T))
     losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
         labels=labels_BS, logits=tf.cast(logits_BSV, tf.float32)
     )

@@ -7,6 +7,9 @@
 Keras' own AdamW adds epsilon to the uncorrected `sqrt(v)`; torch adds it after the bias
 correction, which is what the published runs used. Multiplying the last fraction through by
 `sqrt(1 - b2^t)` gives TensorFlow's fused `ResourceApplyAdam` with `eps * sqrt(1 - b2^t)`.
+
+On a CPU with a compiler one operation reads and writes each number once: scaling of the
+gradient, decay and all. Elsewhere `ResourceApplyAdam` runs between stock operations.
 """
 
 from collections.abc import Sequence
@@ -15,14 +18,14 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from ds_precision import fused_adamw, use_kernels
+
 
 class _Scalars(NamedTuple):
-    rate: tf.Tensor
-    epsilon: tf.Tensor
-    decay: tf.Tensor
-    beta_1: tf.Tensor
-    beta_2: tf.Tensor
-    zero: tf.Tensor
+    """What an update needs beside its tensors, `[6]`: see `fused_adamw`."""
+
+    decaying: tf.Tensor
+    constant: tf.Tensor  # the same with a decay of 0
 
 
 @keras.saving.register_keras_serializable(package="ds_train")
@@ -58,6 +61,7 @@ class AdamW(keras.optimizers.Optimizer):
         self.beta_1 = beta_1
         self.beta_2 = beta_2
         self.epsilon = epsilon
+        self._scale: float | tf.Tensor = 1.0
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
         """Creates the two moments of every variable, in the variable's shape and dtype."""
@@ -72,14 +76,22 @@ class AdamW(keras.optimizers.Optimizer):
         self,
         grads: Sequence[tf.Tensor | tf.IndexedSlices | None],
         trainable_variables: Sequence[keras.Variable] | None = None,
+        scale: float | tf.Tensor = 1.0,
     ) -> None:
         """Updates the variables; sparse gradients are summed into dense ones first.
 
         An embedding's gradient repeats a row's index once for each use of its token. Those
         repeats must be added before they are squared into the second moment.
+
+        Args:
+            grads: One a variable.
+            trainable_variables: Those that the optimizer was built with, if not given.
+            scale: What all gradients are multiplied by first, to clip them for example.
         """
         dense = [None if g is None else tf.convert_to_tensor(g) for g in grads]
+        self._scale = scale
         super().apply(dense, trainable_variables)
+        self._scale = 1.0
 
     def _backend_update_step(
         self,
@@ -87,9 +99,10 @@ class AdamW(keras.optimizers.Optimizer):
         trainable_variables: Sequence[keras.Variable],
         learning_rate: tf.Tensor,
     ) -> None:
-        # The scalars are the same for all variables: computed once, they keep the graph small.
+        self._updated: list[tf.Operation] = []
         scalars = self._scalars(learning_rate, trainable_variables[0].dtype)
         super()._backend_update_step(grads, trainable_variables, scalars)
+        self._updated = []
 
     def _scalars(self, learning_rate: tf.Tensor, dtype: str) -> _Scalars:
         # In float64: 1 - b2^t loses half of float32's digits while t is small.
@@ -97,37 +110,45 @@ class AdamW(keras.optimizers.Optimizer):
         rate = tf.cast(learning_rate, tf.float64)
         correction_1 = 1.0 - tf.pow(tf.constant(self.beta_1, tf.float64), step)
         root_2 = tf.sqrt(1.0 - tf.pow(tf.constant(self.beta_2, tf.float64), step))
-        found = _Scalars(
-            rate=rate * root_2 / correction_1,
-            epsilon=self.epsilon * root_2,
-            decay=rate * (self.weight_decay or 0.0),
-            beta_1=tf.constant(self.beta_1, tf.float64),
-            beta_2=tf.constant(self.beta_2, tf.float64),
-            zero=tf.zeros([], tf.float64),
-        )
-        return _Scalars(*(tf.cast(value, dtype) for value in found))
+        scale = tf.cast(self._scale, tf.float64)
+        decay = rate * (self.weight_decay or 0.0)
+        first = [scale, rate * root_2 / correction_1, self.epsilon * root_2]
+        betas = [self.beta_1, self.beta_2]
+        found = tf.stack([*first, decay, *betas]), tf.stack([*first, 0.0, *betas])
+        return _Scalars(*(tf.cast(scalars, dtype) for scalars in found))
 
     def update_step(
         self, gradient: tf.Tensor, variable: tf.Variable, learning_rate: _Scalars
     ) -> None:
-        """Update one variable in place with TensorFlow's fused Adam kernel."""
+        """Update one variable and its moments."""
         index = self._get_variable_index(variable)
-        scalars = _Scalars(*(tf.cast(value, variable.dtype) for value in learning_rate))
-        if self.weight_decay and self._use_weight_decay(variable):
-            variable.assign_sub(variable * scalars.decay)
-        tf.raw_ops.ResourceApplyAdam(
-            var=variable.handle,
-            m=self.momentums[index].value.handle,
-            v=self.velocities[index].value.handle,
-            # Zero powers: the bias correction is already inside the rate.
-            beta1_power=scalars.zero,
-            beta2_power=scalars.zero,
-            lr=scalars.rate,
-            beta1=scalars.beta_1,
-            beta2=scalars.beta_2,
-            epsilon=scalars.epsilon,
-            grad=tf.cast(gradient, variable.dtype),
-        )
+        moments = self.momentums[index].value.handle, self.velocities[index].value.handle
+        decays = self.weight_decay and self._use_weight_decay(variable)
+        scalars = learning_rate.decaying if decays else learning_rate.constant
+        scalars = tf.cast(scalars, variable.dtype)
+        gradient = tf.cast(gradient, variable.dtype)
+        if variable.dtype == tf.float32 and use_kernels(gradient):
+            self._update_fused(gradient, (variable.handle, *moments), scalars)
+        else:
+            if decays:
+                variable.assign_sub(variable * scalars[3])
+            _apply_adam(gradient, variable.handle, moments, scalars)
+
+    def _update_fused(
+        self, gradient: tf.Tensor, handles: tuple[tf.Tensor, ...], scalars: tf.Tensor
+    ) -> None:
+        # One variable after the other: each update makes new tensors, and the old ones should
+        # be gone before the next does.
+        with tf.control_dependencies(self._updated):
+            old = [tf.raw_ops.ReadVariableOp(resource=h, dtype=tf.float32) for h in handles]
+            for tensor in old:
+                tensor.set_shape(gradient.shape)
+            new = fused_adamw(old[0], old[1], old[2], gradient, scalars)
+        writes = [
+            tf.raw_ops.AssignVariableOp(resource=handle, value=value)
+            for handle, value in zip(handles, new, strict=True)
+        ]
+        self._updated[:] = [write for write in writes if write is not None]  # none if eager
 
     def _apply_weight_decay(self, variables: Sequence[keras.Variable]) -> None:
         """Do nothing: `update_step` decays, where the scalars are."""
@@ -140,3 +161,23 @@ class AdamW(keras.optimizers.Optimizer):
         config = super().get_config()
         config.update(beta_1=self.beta_1, beta_2=self.beta_2, epsilon=self.epsilon)
         return config
+
+
+def _apply_adam(
+    gradient: tf.Tensor, handle: tf.Tensor, moments: tuple[tf.Tensor, tf.Tensor], scalars: tf.Tensor
+) -> None:
+    """Updates a variable that has decayed already, in place by a stock operation."""
+    scale, rate, epsilon, _, beta_1, beta_2 = tf.unstack(scalars)
+    tf.raw_ops.ResourceApplyAdam(
+        var=handle,
+        m=moments[0],
+        v=moments[1],
+        # Zero powers: the bias correction is already inside the rate.
+        beta1_power=tf.zeros_like(rate),
+        beta2_power=tf.zeros_like(rate),
+        lr=rate,
+        beta1=beta_1,
+        beta2=beta_2,
+        epsilon=epsilon,
+        grad=gradient * scale,
+    )

@@ -119,7 +119,10 @@ class TrainStep:
         table = self._config.loss
         with tf.GradientTape() as tape:
             output = self._model.forward(
-                tokens_BS[:, :-1], training=True, mtp=bool(self._model.mtp)
+                tokens_BS[:, :-1],
+                training=True,
+                mtp=bool(self._model.mtp),
+                recompute=self._config.train.recompute,
             )
             loss, parts = pretraining_loss(
                 output, tokens_BS, self._mtp_weight(), table.balance_alpha

@@ -22,7 +22,16 @@ import tensorflow as tf
 
 SOURCE = Path(__file__).with_name("products.cc")
 SETTING = "DS_PRECISION_KERNELS"
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-std=c++17",
+    "-fPIC",
+    "-shared",
+    "-pthread",
+    "-Wno-psabi",
+    "-fno-math-errno",
+)
 
 log = logging.getLogger("ds_precision")
 
