@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
-from bench.case import median_seconds, peak_bytes
+from bench.case import LONG, REPEATS, median_seconds, peak_bytes, seconds
 from bench.tasks import PRESET, Precision, Task, stream
 from bench.workers.ours import Ours, Stepping
 from ds_model import CausalLM, ModelConfig, parameter_counts
@@ -24,23 +24,22 @@ def decode(
     threads()
     model = made(precision, changes)
     ids = stream(model.config.vocab_size, batch, context)
+    model.generate(ids[:, :1], max_new_tokens=2, eos_token_id=[])  # compiles
     prefill = median_seconds(lambda: model.generate(ids, max_new_tokens=1, eos_token_id=[]))
     prefill_peak = peak_bytes()
-    times = []
 
-    def write() -> None:
+    def write() -> float:
         chunks = model.stream(ids, max_new_tokens=new + 1, eos_token_id=[])
         next(chunks)
-        start = time.perf_counter()
-        for _ in chunks:
-            pass
-        times.append((time.perf_counter() - start) / new)
+        return seconds(lambda: list(chunks)) / new
 
-    median_seconds(write)
+    if prefill < LONG:
+        write()
+    times = [write() for _ in range(REPEATS if prefill < LONG / REPEATS else 1)]
     return sizes(model.config) | {
         "prefill_seconds": prefill,
         "prefill_peak": prefill_peak,
-        "step_seconds": float(np.median(times[1:])),
+        "step_seconds": statistics.median(times),
         "peak": peak_bytes(),
     }
 
@@ -68,13 +67,14 @@ def step(batch: int, length: int, **changes: Any) -> dict[str, Any]:
     def update(gradients: list[tf.Tensor]) -> None:
         optimizer.apply(gradients, variables)
 
-    found = gradients(tokens)
-    optimizer_seconds = median_seconds(lambda: update(found))
-    gradient_seconds = median_seconds(lambda: gradients(tokens))
+    def optimizer_seconds() -> float:
+        found = gradients(tokens)
+        return median_seconds(lambda: update(found))
+
     return sizes(model.config) | {
         "tokens": batch * length,
-        "gradient_seconds": gradient_seconds,
-        "optimizer_seconds": optimizer_seconds,
+        "optimizer_seconds": optimizer_seconds(),
+        "gradient_seconds": median_seconds(lambda: gradients(tokens)),
         "peak": peak_bytes(),
     }
 
@@ -85,17 +85,14 @@ def train(model: str, batch: int, length: int, **train_table: Any) -> dict[str, 
     task = Task("train", batch, length, "float32")
     config = ModelConfig.from_pretrained(model)
     stepping = Stepping(Path(model), task, config.vocab_size, **train_table)
-    start = time.perf_counter()
-    stepping.step()
-    first = time.perf_counter() - start
-    seconds = median_seconds(stepping.step)
-    stepping.stop()
-    return sizes(config) | {
+    found = sizes(config) | {
         "tokens": task.tokens,
-        "first_seconds": first,
-        "seconds": seconds,
+        "first_seconds": seconds(stepping.step),
+        "seconds": median_seconds(stepping.step),
         "peak": peak_bytes(),
     }
+    stepping.stop()
+    return found
 
 
 def first_token(model: str, precision: Precision, context: int) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def points(model: str) -> list[Point]:
     for batch in (2, 4, 8, 16):
         whole = {"model": model, "batch": batch, "length": 256}
         found.append(Point("memory", batch, "kept", "train", whole))
-        found.append(Point("memory", batch, "recomputed", "train", {**whole, "recompute": True}))
+        found.append(Point("memory", batch, "recomputed", "train", {**whole, "recompute": "block"}))
     return found
 
 
@@ -110,7 +110,7 @@ def measure_growth(model: str, groups: Sequence[str]) -> list[dict[str, Any]]:
         if point.group == "memory":
             config = ModelConfig.preset(PRESET)
             tokens = point.arguments["batch"] * point.arguments["length"]
-            remade = bool(point.arguments.get("recompute"))
+            remade = point.arguments.get("recompute") == "block"
             values["expected"] = training_bytes(config, tokens, recompute=remade)
         where = {"group": point.group, "x": point.x, "series": point.series}
         found.append(where | point.arguments | values)

@@ -34,6 +34,8 @@ def write(directory: Path, **changes: Any) -> None:
         elif len(variable.shape) == 1:  # the norms' weights; no layer here has another bias
             variable.assign(1 + random.normal(0, NORM_SPREAD, variable.shape))
     model.save_pretrained(directory)
+    # What is compiled on first use is compiled here, once, and no part of any figure.
+    model.generate(np.full((1, 8), 2), max_new_tokens=2, eos_token_id=[])
 
 
 if __name__ == "__main__":
