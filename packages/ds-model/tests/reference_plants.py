@@ -14,6 +14,7 @@ import pytest
 import tensorflow as tf
 
 import ds_attention.mla
+import ds_moe.router
 from ds_attention import CausalMask, MultiHeadLatentAttention
 from ds_attention.rope import YarnConfig
 from ds_model.block import MTPModule
@@ -73,6 +74,11 @@ def _no_rotation_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(YarnConfig, "rotation_scale", property(lambda _: 1.0))
 
 
+def _route_openly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the router run step by step: the compiled operation has nothing to patch."""
+    monkeypatch.setattr(ds_moe.router, "use_kernels", lambda *_: False)
+
+
 def _group_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     """V3's groups by V2's rule, and V2's by V3's."""
 
@@ -86,10 +92,12 @@ def _group_rule(monkeypatch: pytest.MonkeyPatch) -> None:
         limited = tf.where(kept_TG[..., None] > 0, choice_TGM, float("-inf"))
         return tf.reshape(limited, tf.shape(choice_TE))
 
+    _route_openly(monkeypatch)
     monkeypatch.setattr(Router, "_limit_groups", planted)
 
 
 def _no_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    _route_openly(monkeypatch)
     monkeypatch.setattr(Router, "_limit_groups", lambda _, choice_TE: choice_TE)
 
 
@@ -100,6 +108,7 @@ def _masked_with_zero(monkeypatch: pytest.MonkeyPatch) -> None:
         limited = honest(self, choice_TE)
         return tf.where(tf.math.is_inf(limited), 0.0, limited)
 
+    _route_openly(monkeypatch)
     monkeypatch.setattr(Router, "_limit_groups", planted)
 
 
@@ -112,6 +121,7 @@ def _gate_normalisation(monkeypatch: pytest.MonkeyPatch) -> None:
             gates /= tf.reduce_sum(gates, axis=-1, keepdims=True)
         return gates * self.config.routed_scaling_factor
 
+    _route_openly(monkeypatch)
     monkeypatch.setattr(Router, "_gates", planted)
 
 
@@ -122,11 +132,13 @@ def _bias_in_gates(monkeypatch: pytest.MonkeyPatch) -> None:
         bias_E = tf.convert_to_tensor(self.e_score_correction_bias)
         return honest(self, scores_TE + bias_E, indices_TK)
 
+    _route_openly(monkeypatch)
     monkeypatch.setattr(Router, "_gates", planted)
 
 
 def _gates_without_slope(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = Router._gates
+    _route_openly(monkeypatch)
     monkeypatch.setattr(Router, "_gates", lambda *args: tf.stop_gradient(honest(*args)))
 
 

@@ -4,6 +4,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import ds_moe.router
 from ds_moe import MoEConfig, Router
 
 V3 = MoEConfig(
@@ -179,3 +180,38 @@ def test_comes_back_from_its_config():
 def test_bad_rules_are_named(change, named):
     with pytest.raises(ValueError, match=named):
         MoEConfig(**(V3.to_dict() | change))
+
+
+@pytest.mark.parametrize("config", [V3, V2, LITE], ids=["V3", "V2", "Lite"])
+def test_one_operation_routes_as_the_steps_do(config, monkeypatch):
+    router = made(config)
+    x = tf.constant(np.random.default_rng(6).normal(size=(300, 12)), tf.float32)
+    slope = tf.constant(np.random.default_rng(7).normal(size=(300, 16)), tf.float32)
+
+    def spread() -> tuple[np.ndarray, list[tf.Tensor]]:
+        """Gates laid out over the experts, so that the order of a choice does not matter."""
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            routing = router(x)
+            chosen = tf.one_hot(routing.indices, config.n_routed_experts)
+            gates = tf.einsum("tk,tke->te", routing.gates, chosen)
+            value = tf.reduce_sum(gates * slope)
+        return gates.numpy(), tape.gradient(value, [x, router.weight.value])
+
+    gates, slopes = spread()
+    monkeypatch.setattr(ds_moe.router, "use_kernels", lambda *_: False)
+    expected, expected_slopes = spread()
+    np.testing.assert_allclose(gates, expected, atol=1e-6)
+    for mine, other in zip(slopes, expected_slopes, strict=True):
+        np.testing.assert_allclose(mine, other, atol=1e-5)
+
+
+def test_of_equal_experts_the_first_are_chosen(monkeypatch):
+    router = made(V3, bias_spread=0.0)
+    router.weight.assign(tf.zeros_like(router.weight))
+    x = tf.ones([3, 12])
+    by_one_operation = np.sort(router(x).indices, axis=1)
+    monkeypatch.setattr(ds_moe.router, "use_kernels", lambda *_: False)
+
+    np.testing.assert_array_equal(by_one_operation, [[0, 1, 2, 3]] * 3)
+    np.testing.assert_array_equal(np.sort(router(x).indices, axis=1), by_one_operation)

@@ -327,6 +327,9 @@ def _attend(
 
 
 def _leading(x: tf.Tensor) -> list[int | tf.Tensor]:
-    """Return all but the last size of `x`, static where known."""
+    """Return all but the last size of `x`, static where known; one that is not may be -1."""
+    sizes = x.shape[:-1].as_list()
+    if sizes.count(None) == 1:
+        return [-1 if size is None else size for size in sizes]
     dynamic = tf.shape(x)
-    return [dynamic[i] if size is None else size for i, size in enumerate(x.shape[:-1])]
+    return [dynamic[i] if size is None else size for i, size in enumerate(sizes)]

@@ -13,6 +13,7 @@ import keras
 import tensorflow as tf
 
 from ds_moe.config import MoEConfig
+from ds_precision import fused_routing, matmul, use_kernels
 
 
 class Routing(NamedTuple):
@@ -69,12 +70,28 @@ class Router(keras.layers.Layer):
             x: `[T, D]`.
             token_mask: `[T]`, nonzero for real tokens; padding is routed but not counted.
         """
-        logits = tf.matmul(x, tf.cast(self.weight, x.dtype))
+        logits = matmul(x, self.weight)
         softmax = self.config.scoring_func == "softmax"
         scores = tf.nn.softmax(logits) if softmax else tf.sigmoid(logits)
-        indices = self._choose(tf.stop_gradient(scores))
-        return Routing(
-            indices, self._gates(scores, indices), scores, self._load(indices, token_mask)
+        if use_kernels(scores):
+            indices, gates = self._choose_and_weigh(scores)
+        else:
+            indices = self._choose(tf.stop_gradient(scores))
+            gates = self._gates(scores, indices)
+        return Routing(indices, gates, scores, self._load(indices, token_mask))
+
+    def _choose_and_weigh(self, scores_TE: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Do as `_choose` and `_gates`, by one compiled operation."""
+        c, bias = self.config, self.e_score_correction_bias
+        return fused_routing(
+            scores_TE,
+            None if bias is None else tf.convert_to_tensor(bias),
+            chosen=c.num_experts_per_tok,
+            groups=1 if c.topk_method == "greedy" else c.n_group,
+            best_groups=1 if c.topk_method == "greedy" else c.topk_group,
+            two_best=c.topk_method == "noaux_tc",
+            normalize=c.norm_topk_prob,
+            factor=c.routed_scaling_factor,
         )
 
     def _choose(self, scores_TE: tf.Tensor) -> tf.Tensor:

@@ -56,11 +56,10 @@ class SwiGLU(keras.layers.Layer):
         if not use_kernels(x):
             return self.down_proj(swiglu(self.gate_up_proj(x)))
         # One expert that every token chooses.
-        tokens = tf.reduce_prod(tf.shape(x)[:-1])
         return fused_experts(
             x,
-            tf.zeros([tokens, 1], tf.int32),
-            tf.ones([tokens, 1]),
+            tf.zeros([0, 1], tf.int32),
+            tf.zeros([0, 1]),
             _stacked(self.gate_up_proj.weights_to_multiply),
             _stacked(self.down_proj.weights_to_multiply),
         )

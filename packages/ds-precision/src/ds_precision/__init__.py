@@ -17,6 +17,7 @@ from ds_precision.products import (
     traced_for_xla,
     use_kernels,
 )
+from ds_precision.routing import fused_routing
 from ds_precision.weight_only import Int8Weights, quantize_int8, replace_by_int8
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "fused_experts",
     "fused_latent_attention",
     "fused_rms_norm",
+    "fused_routing",
     "fused_square_sum",
     "matmul",
     "quantize_blocks",

@@ -1388,6 +1388,63 @@ struct LatentAttention {
   static constexpr int64_t kParts = 32;  // shares of the slots, at batch 1
 };
 
+// ---------------------------------------------------------------- routing
+
+// Which experts a token goes to, and with what weight (arXiv 2412.19437, eq. 13-16).
+struct Route {
+  const float *scores, *bias;  // [T, E]; [E] or null, part of the choice alone
+  int64_t experts, chosen;
+  int64_t groups, best_groups;  // experts outside the best groups can't be chosen
+  bool two;                     // a group is worth the sum of its two best, else its best
+  bool normalize;
+  float factor;
+
+  // The highest of `count` numbers, the first of equals, among those not yet `taken`.
+  static int64_t best(const float* values, const std::vector<char>& taken, int64_t first,
+                      int64_t count) {
+    int64_t found = -1;
+    for (int64_t i = first; i < first + count; i++) {
+      if (!taken[i] && (found < 0 || values[i] > values[found])) found = i;
+    }
+    return found;
+  }
+
+  void run(int64_t token, int32_t* indices, float* gates) const {
+    const float* own = scores + token * experts;
+    std::vector<float> choice(own, own + experts);
+    for (int64_t e = 0; bias && e < experts; e++) choice[e] += bias[e];
+    if (best_groups < groups) limit(&choice);
+    std::vector<char> taken(experts);
+    float total = 0;
+    for (int64_t k = 0; k < chosen; k++) {
+      indices[k] = best(choice.data(), taken, 0, experts);
+      taken[indices[k]] = 1;
+      gates[k] = own[indices[k]];
+      total += gates[k];
+    }
+    const float share = normalize ? factor / (total + 1e-20f) : factor;
+    for (int64_t k = 0; k < chosen; k++) gates[k] *= share;
+  }
+
+  void limit(std::vector<float>* choice) const {
+    const int64_t size = experts / groups;
+    std::vector<float> worth(groups);
+    for (int64_t g = 0; g < groups; g++) {
+      std::vector<char> taken(experts);
+      for (int i = 0; i < (two ? 2 : 1); i++) {
+        const int64_t e = best(choice->data(), taken, g * size, size);
+        taken[e] = 1;
+        worth[g] = i ? worth[g] + (*choice)[e] : (*choice)[e];
+      }
+    }
+    std::vector<char> kept(groups);
+    for (int64_t i = 0; i < best_groups; i++) kept[best(worth.data(), kept, 0, groups)] = 1;
+    for (int64_t e = 0; e < experts; e++) {
+      if (!kept[e / size]) (*choice)[e] = -INFINITY;
+    }
+  }
+};
+
 // ---------------------------------------------------------------- TensorFlow
 
 class Failure {
@@ -1522,6 +1579,8 @@ View matrix(TF_Tensor* tensor, TF_Tensor* x = nullptr, TF_Tensor* scales = nullp
 struct Attributes {
   bool transpose, keep, interleave;
   float scale, epsilon;
+  int32_t chosen = 1, groups = 1, best_groups = 1;  // of a route, as are the next two
+  bool two = false, normalize = false;
 };
 
 bool flag(TF_OpKernelConstruction* context, const char* name) {
@@ -1575,19 +1634,22 @@ Experts experts_of(TF_Tensor* x, TF_Tensor* up, TF_Tensor* up_scales, TF_Tensor*
   return found;
 }
 
-// x [..., D], indices [T, K], gates [T, K], up, up_scales, down, down_scales
+// x [..., D], indices [T, K], gates [T, K] (or both empty: expert 0 for all, with weight 1), up,
+// up_scales, down, down_scales
 // -> y [..., D], kept [A, 2I] (or [0, 2I]), order [A], offsets [E + 1]
 void experts_op(Context& c, const Attributes& attributes) {
   TF_Tensor *x = c.input(0), *indices = c.input(1), *gates = c.input(2);
   TF_Tensor *up = c.input(3), *up_scales = c.input(4);
   TF_Tensor *down = c.input(5), *down_scales = c.input(6);
   const Experts experts = experts_of(x, up, up_scales, down, down_scales);
-  const int64_t tokens = rows_of(x), per_token = last(indices);
+  const bool one = TF_TensorElementCount(indices) == 0;
+  const int64_t tokens = rows_of(x), per_token = one ? 1 : last(indices);
   const int64_t assignments = tokens * per_token;
   require(last(x) == experts.hidden, "x and gate_up have different hidden sizes");
-  require(rows_of(indices) == tokens && TF_TensorElementCount(gates) == assignments,
+  require(one || (rows_of(indices) == tokens && TF_TensorElementCount(gates) == assignments),
           "indices, gates and x are of different numbers of tokens");
-  const int32_t* chosen = data<int32_t>(indices);
+  const std::vector<int32_t> first(one ? tokens : 0);
+  const int32_t* chosen = one ? first.data() : data<int32_t>(indices);
   for (int64_t i = 0; i < assignments; i++) {
     require(chosen[i] >= 0 && chosen[i] < experts.count,
             "indices hold " + std::to_string(chosen[i]) + "; experts run from 0 to " +
@@ -1599,8 +1661,9 @@ void experts_op(Context& c, const Attributes& attributes) {
   auto* order = reinterpret_cast<int32_t*>(c.output(2, TF_INT32, {assignments}));
   auto* offsets = reinterpret_cast<int32_t*>(c.output(3, TF_INT32, {experts.count + 1}));
   sort_by_expert(chosen, assignments, experts.count, order, offsets);
-  run_experts(matrix(x), tokens, experts, data<float>(gates), per_token, order, offsets,
-              attributes.keep ? kept : nullptr, y);
+  const std::vector<float> ones(one ? tokens : 0, 1.f);
+  run_experts(matrix(x), tokens, experts, one ? ones.data() : data<float>(gates), per_token, order,
+              offsets, attributes.keep ? kept : nullptr, y);
 }
 
 // x, gates, up, down, kept, order, offsets, dy -> dx [..., D] float32, dgates [T, K], dup, ddown
@@ -1608,16 +1671,20 @@ void experts_grad_op(Context& c, const Attributes&) {
   TF_Tensor *x = c.input(0), *gates = c.input(1), *up = c.input(2), *down = c.input(3);
   TF_Tensor *kept = c.input(4), *order = c.input(5), *offsets = c.input(6), *dy = c.input(7);
   const Experts experts = experts_of(x, up, nullptr, down, nullptr);
-  const int64_t tokens = rows_of(x), per_token = last(gates);
+  const bool one = TF_TensorElementCount(gates) == 0;
+  const int64_t tokens = rows_of(x), per_token = one ? 1 : last(gates);
+  const std::vector<float> ones(one ? tokens : 0, 1.f);
   require(TF_Dim(kept, 0) == tokens * per_token, "the forward pass did not keep what this needs");
   auto* dx = reinterpret_cast<float*>(c.output(0, TF_FLOAT, shape_with_last(x, experts.hidden)));
-  auto* dgates = reinterpret_cast<float*>(c.output(1, TF_FLOAT, {tokens, per_token}));
+  auto* dgates =
+      reinterpret_cast<float*>(c.output(1, TF_FLOAT, {one ? 0 : tokens, per_token}));
+  std::vector<float> unread(ones.size());
   const TF_DataType weight = TF_TensorType(up);
   char* dup = c.output(2, weight, {experts.count, experts.hidden, 2 * experts.inner});
   char* ddown = c.output(3, weight, {experts.count, experts.inner, experts.hidden});
-  run_experts_backward(matrix(x), tokens, experts, data<float>(gates), per_token,
-                       data<int32_t>(order), data<int32_t>(offsets), data<char>(kept), matrix(dy),
-                       dx, dgates, type_of(weight), dup, ddown);
+  run_experts_backward(matrix(x), tokens, experts, one ? ones.data() : data<float>(gates),
+                       per_token, data<int32_t>(order), data<int32_t>(offsets), data<char>(kept),
+                       matrix(dy), dx, one ? unread.data() : dgates, type_of(weight), dup, ddown);
 }
 
 // q [B, S, H, Q], kv [B, L, H, N + V], k_rope [B, L, R], cosines and sines [B or 1, S, R / 2],
@@ -1952,6 +2019,25 @@ void plain(Context& c, const Attributes& attributes, TF_OpKernelContext*) {
   op(c, attributes);
 }
 
+// scores [T, E], bias [E] or empty -> indices [T, K], gates [T, K]
+void route_op(Context& c, const Attributes& a) {
+  TF_Tensor *scores = c.input(0), *bias = c.input(1);
+  const int64_t tokens = rows_of(scores), biases = TF_TensorElementCount(bias);
+  const Route route{data<float>(scores), biases ? data<float>(bias) : nullptr, last(scores),
+                    a.chosen, a.groups, a.best_groups, a.two, a.normalize, a.scale};
+  require(!biases || biases == route.experts, "bias and scores are of different experts");
+  require(a.chosen >= 1 && a.chosen <= route.experts && a.groups >= 1 && a.best_groups >= 1 &&
+              route.experts % a.groups == 0 && (!a.two || route.experts / a.groups >= 2),
+          "so many can't be chosen of these experts and groups");
+  auto* indices = reinterpret_cast<int32_t*>(c.output(0, TF_INT32, {tokens, a.chosen}));
+  auto* gates = reinterpret_cast<float*>(c.output(1, TF_FLOAT, {tokens, a.chosen}));
+  shared_rows(tokens, [&](int64_t first, int64_t end) {
+    for (int64_t t = first; t < end; t++) {
+      route.run(t, indices + t * a.chosen, gates + t * a.chosen);
+    }
+  });
+}
+
 void outer_kernel(Context& c, const Attributes& attributes, TF_OpKernelContext* context) {
   outer_op(c, attributes, TF_ExpectedOutputDataType(context, 0));
 }
@@ -1970,12 +2056,19 @@ void latent_attention_kernel(Context& c, const Attributes& a, TF_OpKernelContext
   latent_attention_op(c, a);
 }
 
+void route_kernel(Context& c, const Attributes& a, TF_OpKernelContext*) { route_op(c, a); }
+
 void* create(TF_OpKernelConstruction* context) {
   auto* found = new Attributes{flag(context, "transpose"), flag(context, "keep"),
                                flag(context, "interleave"), 1, 0};
   TF_Status* status = TF_NewStatus();
   TF_OpKernelConstruction_GetAttrFloat(context, "scale", &found->scale, status);
   TF_OpKernelConstruction_GetAttrFloat(context, "epsilon", &found->epsilon, status);
+  TF_OpKernelConstruction_GetAttrInt32(context, "chosen", &found->chosen, status);
+  TF_OpKernelConstruction_GetAttrInt32(context, "groups", &found->groups, status);
+  TF_OpKernelConstruction_GetAttrInt32(context, "best_groups", &found->best_groups, status);
+  found->two = flag(context, "two");
+  found->normalize = flag(context, "normalize");
   TF_DeleteStatus(status);
   return found;
 }
@@ -2058,6 +2151,10 @@ __attribute__((constructor)) void declare_all() {
   declare<plain<adamw_op>>("DsAdamW", {},
                            {"p: float", "m: float", "v: float", "g: float", "scalars: float"},
                            {"new_p: float", "new_m: float", "new_v: float"});
+  declare<route_kernel>("DsRoute",
+                        {"chosen: int", "groups: int", "best_groups: int", "two: bool",
+                         "normalize: bool"},
+                        {"scores: float", "bias: float"}, {"indices: int32", "gates: float"});
 }
 
 }  // namespace
