@@ -363,10 +363,17 @@ Left left_side(const View& a, int64_t first, int64_t count, int64_t inner) {
   return {rows.data()};
 }
 
+// What to bring into the cache meanwhile: one line for each step along the inner size.
+struct Ahead {
+  const char* data;
+  int64_t step;
+};
+
 // Rows x 32 sums from a packed panel `[inner, 32]`.
 template <int rows, bool packed>
 __attribute__((always_inline)) inline void tile(const Left& a, int64_t row, const float* panel,
-                                                int64_t inner, Vec (&sums)[rows][2]) {
+                                                int64_t inner, const Ahead& ahead,
+                                                Vec (&sums)[rows][2]) {
   const float* from[rows];
 #pragma GCC unroll 14
   for (int i = 0; i < rows; i++) {
@@ -374,6 +381,7 @@ __attribute__((always_inline)) inline void tile(const Left& a, int64_t row, cons
     sums[i][0] = sums[i][1] = Vec{};
   }
   for (int64_t k = 0; k < inner; k++) {
+    __builtin_prefetch(ahead.data + k * ahead.step, 0, 2);
     const Vec b0 = *reinterpret_cast<const Vec*>(panel + k * kPanel);
     const Vec b1 = *reinterpret_cast<const Vec*>(panel + k * kPanel + kLanes);
 #pragma GCC unroll 14
@@ -435,16 +443,17 @@ struct Shape {
 
 template <int rows, class Put>
 void put_tile(const Left& a, const float* panel, const Shape& s, int64_t row, int64_t column,
-              int64_t end, Put& put) {
+              int64_t end, const Ahead& ahead, Put& put) {
   Vec sums[rows][2];
-  if (a.packed) tile<rows, true>(a, row, panel, s.inner, sums);
-  else tile<rows, false>(a, row, panel, s.inner, sums);
+  if (a.packed) tile<rows, true>(a, row, panel, s.inner, ahead, sums);
+  else tile<rows, false>(a, row, panel, s.inner, ahead, sums);
   for (int i = 0; i < rows; i++) put(row + i, column, sums[i][0], sums[i][1], end - column);
 }
 
 template <class Put, size_t... n>
 auto tiles(std::index_sequence<n...>) {
-  using Call = void (*)(const Left&, const float*, const Shape&, int64_t, int64_t, int64_t, Put&);
+  using Call = void (*)(const Left&, const float*, const Shape&, int64_t, int64_t, int64_t,
+                        const Ahead&, Put&);
   static constexpr Call calls[] = {put_tile<n + 1, Put>...};
   return calls;
 }
@@ -477,30 +486,54 @@ void copy_panel(const View& b, const Shape& s, int64_t column, int64_t left, flo
        std::max<int64_t>(0, std::min<int64_t>(kLanes, second)), to + kLanes, kPanel);
 }
 
-// Columns [column, end) through packed panels.
+// How many panels are packed together from `column` on.
+int64_t panels_together(const Shape& s, int64_t column, int64_t end) {
+  const int64_t fit = std::max<int64_t>(1, kPacked / (s.inner * kPanel + 1));
+  const int64_t left = (end - column) / s.width();
+  return std::max<int64_t>(1, std::min({fit, kPanels, left}));
+}
+
+// Columns [column, end) through packed panels. While some are multiplied the next ones' memory is
+// asked for, at last that of `next`, if there is one.
 template <class Put>
-void packed(const Left& a, const View& b, const Shape& s, int64_t column, int64_t end, Put& put) {
+void packed(const Left& a, const View& b, const Shape& s, int64_t column, int64_t end, Put& put,
+            const View* next = nullptr) {
   const auto calls = tiles<Put>(std::make_index_sequence<kTileRows>());
   float* panels = scratch(1, s.inner * kPanel * kPanels);
+  const int64_t begin = column;
   while (column < end) {
-    const int64_t fit = std::max<int64_t>(1, kPacked / (s.inner * kPanel + 1));
-    const int64_t whole =
-        b.transposed ? 0 : std::min({fit, kPanels, (end - column) / s.width()});
-    switch (whole ? b.type : Type::kFloat) {
-      case Type::kFloat: copy_panels<Type::kFloat>(b, s, column, whole, panels); break;
-      case Type::kBfloat16: copy_panels<Type::kBfloat16>(b, s, column, whole, panels); break;
-      case Type::kRounded: copy_panels<Type::kRounded>(b, s, column, whole, panels); break;
-      default: copy_panels<Type::kInt8>(b, s, column, whole, panels);
-    }
-    if (!whole) copy_panel(b, s, column, end - column, panels);
-    const int64_t count = std::max<int64_t>(1, whole);
-    for (int64_t row = 0; row < s.rows; row += kTileRows) {
-      const int64_t high = std::min<int64_t>(kTileRows, s.rows - row);
+    const int64_t count = panels_together(s, column, end);
+    if (b.transposed || end - column < s.width()) {
       for (int64_t p = 0; p < count; p++) {
-        calls[high - 1](a, panels + p * s.inner * kPanel, s, row, column + p * s.width(), end, put);
+        const int64_t first = column + p * s.width();
+        copy_panel(b, s, first, end - first, panels + p * s.inner * kPanel);
+      }
+    } else {
+      switch (b.type) {
+        case Type::kFloat: copy_panels<Type::kFloat>(b, s, column, count, panels); break;
+        case Type::kBfloat16: copy_panels<Type::kBfloat16>(b, s, column, count, panels); break;
+        case Type::kRounded: copy_panels<Type::kRounded>(b, s, column, count, panels); break;
+        default: copy_panels<Type::kInt8>(b, s, column, count, panels);
       }
     }
-    column += count * s.width();
+    const int64_t after = column + count * s.width();
+    const View* source = b.transposed ? nullptr : after < end ? &b : next;
+    const int64_t from = after < end ? after : begin;
+    const int64_t run = count * s.width() * size_of(b.type), runs = s.pair ? 2 : 1;
+    int64_t asked = 0;  // bytes of each row
+    for (int64_t row = 0; row < s.rows; row += kTileRows) {
+      const int64_t high = std::min<int64_t>(kTileRows, s.rows - row);
+      for (int64_t p = 0; p < count; p++, asked += 64) {
+        Ahead ahead{reinterpret_cast<const char*>(panels), 0};
+        if (source && asked < runs * run) {
+          const char* first = source->at(0, from + asked / run * s.pair) + asked % run;
+          ahead = {first, source->index ? 0 : source->stride * size_of(b.type)};
+        }
+        calls[high - 1](a, panels + p * s.inner * kPanel, s, row, column + p * s.width(), end,
+                        ahead, put);
+      }
+    }
+    column = after;
   }
 }
 
@@ -540,7 +573,8 @@ auto thin_calls(std::index_sequence<n...>) {
 
 // Columns [column, end) of one product, all rows.
 template <class Put>
-void product(const Left& a, const View& b, const Shape& s, int64_t column, int64_t end, Put& put) {
+void product(const Left& a, const View& b, const Shape& s, int64_t column, int64_t end, Put& put,
+             const View* next = nullptr) {
   if (s.rows == 0) return;
   if (s.rows <= kThinRows && !b.transposed && !b.index && !a.packed) {
     constexpr auto rows = std::make_index_sequence<kThinRows>();
@@ -558,7 +592,7 @@ void product(const Left& a, const View& b, const Shape& s, int64_t column, int64
         column = thin_calls<Put, Type::kInt8>(rows)[s.rows - 1](a, b, s, column, end, put);
     }
   }
-  packed(a, b, s, column, end, put);
+  packed(a, b, s, column, end, put, next);
 }
 
 // ---------------------------------------------------------------- products of groups
@@ -619,7 +653,10 @@ void grouped(const Groups& g, const Put& put) {
     };
     const Left a = left_side(g.a, t.row, t.rows, g.inner);
     const Shape s{t.rows, g.inner, g.pair};
-    product(a, g.group(t.group), s, t.column, std::min(g.columns, t.column + share), place);
+    // What this thread will most likely do after this.
+    const int64_t later = std::min<int64_t>(tasks.size() - 1, i + Threads::shared().count());
+    const View next = g.group(tasks[later].group);
+    product(a, g.group(t.group), s, t.column, std::min(g.columns, t.column + share), place, &next);
   });
 }
 
@@ -637,8 +674,9 @@ void grouped_in_order(const Groups& g, const Put& put) {
           put(row + r, column, first, second, count);
         };
         const Left a = left_side(g.a, row, rows, g.inner);
+        const View next = g.group(std::min(e + 1, g.count - 1));
         product(a, g.group(e), Shape{rows, g.inner, g.pair}, i * share,
-                std::min(g.columns, (i + 1) * share), place);
+                std::min(g.columns, (i + 1) * share), place, &next);
       }
     }
   });
@@ -873,7 +911,8 @@ void multiply(const Left& a, int64_t rows, const float* panels, int64_t step, in
   for (int64_t row = 0; row < rows; row += kTileRows) {
     const int64_t high = std::min<int64_t>(kTileRows, rows - row);
     for (int64_t p = 0; p < count; p++) {
-      calls[high - 1](a, panels + p * step, shape, row, p * kPanel, (p + 1) * kPanel, put);
+      calls[high - 1](a, panels + p * step, shape, row, p * kPanel, (p + 1) * kPanel,
+                      {reinterpret_cast<const char*>(panels), 0}, put);
     }
   }
 }
