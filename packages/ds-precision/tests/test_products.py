@@ -111,7 +111,8 @@ def test_experts_and_their_gradients(tokens, hidden, inner, experts, per_token, 
     assert apart(y, exact) < within(x_type)
     found, expected = tape.gradient(ours, [x, *operands[1:]]), tape.gradient(theirs, operands)
     for mine, other in zip(found, expected, strict=True):
-        assert apart(mine, other) < 3 * within(x_type)
+        # Sums that nearly cancel keep the rounding of what they are made of.
+        assert apart(mine, other) < (1e-4 if x_type == tf.float32 else 3e-2)
 
 
 def test_experts_name_an_index_out_of_range():
@@ -183,7 +184,7 @@ def test_attention_and_its_gradients(
     np.testing.assert_array_equal(y.numpy()[~allowed.any(-1)], 0)
     found, expected = tape.gradient(ours, [q, kv, k_rope]), tape.gradient(theirs, wide)
     for mine, other in zip(found, expected, strict=True):
-        assert apart(mine, other) < 5 * within(dtype)
+        assert apart(mine, other) < (1e-4 if dtype == tf.float32 else 5e-2)
 
 
 def test_results_do_not_depend_on_the_number_of_threads():
