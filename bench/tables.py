@@ -23,7 +23,8 @@ Each beside transformers in float32, before any timing. Logits: the largest diff
 largest logit, at the last positions of {AGREEMENT_ROWS} prompts of {CONTEXT} tokens. Text: of
 {GREEDY_TOKENS} tokens written greedily after a prompt, those before the first that differs; with
 random weights a near tie ends it early. Loss and gradient norm: relative difference at the first
-training step. llama.cpp's flash attention, its default, rounds to 16 bits whatever the weights are.
+training step. In BF16, transformers' own line shows what rounding does, routes that flip included.
+llama.cpp's flash attention, its default, rounds to 16 bits whatever the weights are.
 
 | system | precision | logits | next token equal | text equal | loss | gradient norm |
 |---|---|---|---|---|---|---|"""
