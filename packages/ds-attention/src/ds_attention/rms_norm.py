@@ -32,8 +32,8 @@ class RMSNorm(keras.layers.Layer):
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """Map `[..., features]` to the same shape and type."""
         weight = tf.convert_to_tensor(self.weight)
-        if weight.dtype == tf.float32 and use_kernels(x):
-            return fused_rms_norm(x, weight, self.epsilon)
+        if use_kernels(x, weight):
+            return fused_rms_norm(x, tf.cast(weight, tf.float32), self.epsilon)
         wide = tf.cast(x, tf.float32) if x.dtype.size < 4 else x
         scale = tf.math.rsqrt(
             tf.reduce_mean(tf.square(wide), axis=-1, keepdims=True) + self.epsilon
