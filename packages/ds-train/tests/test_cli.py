@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from conftest import MODEL
 from ds_model import CausalLM, Tokenizer
-from ds_train import TrainConfig, quickstart_config
+from ds_train import TrainConfig, quickstart_config, training_memory
 from ds_train.cli import app
 from ds_train.data import state_of_the_union
 
@@ -141,3 +141,14 @@ def test_the_quickstart_refuses_a_bad_step_count():
     assert result.exit_code == 2
     assert "[train] steps = 0" in result.stderr
     assert quickstart_config(300).train.steps == 300
+
+
+def test_memory_is_what_the_library_says(tmp_path):
+    (tmp_path / "train.toml").write_text(CONFIG)
+    result = runner.invoke(app, ["memory", "--config", str(tmp_path / "train.toml"), "--json"])
+    assert result.exit_code == 0, result.output
+    config = TrainConfig.from_file(tmp_path / "train.toml")
+    want = training_memory(config.model.build(), 8, 16)
+    found = json.loads(result.stdout)
+    assert (found["peak"], found["activations"]) == (want.peak, want.activations)
+    assert found["measured"] is None

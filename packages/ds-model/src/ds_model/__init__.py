@@ -5,6 +5,7 @@ from ds_model.config import ModelConfig
 from ds_model.errors import CheckpointError, ConfigError, TokenizerError
 from ds_model.generate import GenerationStats
 from ds_model.parameters import parameter_counts
+from ds_model.recompute import Recompute
 from ds_model.tokenizer import Tokenizer
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "GenerationStats",
     "ModelConfig",
     "ModelOutput",
+    "Recompute",
     "Tokenizer",
     "TokenizerError",
     "parameter_counts",

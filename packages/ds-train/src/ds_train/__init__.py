@@ -3,6 +3,7 @@
 from ds_train.callbacks import Callback, StepMetrics
 from ds_train.config import TrainConfig
 from ds_train.errors import CheckpointError, DataError, TrainConfigError, TrainError
+from ds_train.memory import TrainingMemory, training_memory
 from ds_train.optimizer import AdamW
 from ds_train.pretrain import RunResult, pretrain
 from ds_train.quickstart import quickstart, quickstart_config
@@ -20,8 +21,10 @@ __all__ = [
     "TrainConfigError",
     "TrainError",
     "Trainer",
+    "TrainingMemory",
     "WarmupConstantCosine",
     "pretrain",
     "quickstart",
     "quickstart_config",
+    "training_memory",
 ]

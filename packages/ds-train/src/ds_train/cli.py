@@ -7,6 +7,7 @@ to do; 130 when interrupted.
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Annotated
@@ -22,6 +23,8 @@ from ds_model import ConfigError
 from ds_train.config import TrainConfig
 from ds_train.data import read_files
 from ds_train.errors import TrainError
+from ds_train.memory import TrainingMemory, training_memory
+from ds_train.peak import measure_step
 from ds_train.pretrain import RunResult, pretrain
 from ds_train.quickstart import STEPS, quickstart
 
@@ -87,6 +90,29 @@ def init_config_command() -> None:
     typer.echo(text, nl=False)
 
 
+@app.command("memory")
+def memory_command(
+    config: Annotated[Path, typer.Option(help="A TOML file; `init-config` prints one.")],
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Do two steps on random tokens and compare (Linux).")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a training step holds in memory, part by part; nothing is trained."""
+    with _one_line_errors():
+        settings = TrainConfig.from_file(config)
+        table, length = settings.train, settings.data.sequence_length
+        batch = table.batch_size // table.accumulation
+        model = settings.model.build()
+        found = training_memory(model, batch, length, table.dtype_policy, table.recompute)
+        measured = measure_step(settings) if measure else None
+    if as_json:
+        values = asdict(found) | {"step": found.step, "peak": found.peak, "measured": measured}
+        typer.echo(json.dumps(values, indent=2))
+        return
+    _show_memory(found, measured, f"{batch} x {length} tokens at a time")
+
+
 def main() -> None:
     """Run the command line."""
     app()
@@ -131,6 +157,22 @@ def _show(result: RunResult, as_json: bool) -> None:
             console.print(Panel(text, title=way, title_align="left"))
         console.print(drafting, highlight=False, soft_wrap=True)
     console.print(_next_steps(result), markup=False, highlight=False)
+
+
+def _show_memory(found: TrainingMemory, measured: int | None, title: str) -> None:
+    table = Table("what", "MiB", title=title)
+    table.columns[1].justify = "right"
+    for name, size in found.rows():
+        table.add_row(name, f"{size / 2**20:,.1f}")
+    console = Console()
+    console.print(table)
+    if measured is not None:
+        said = found.step + found.scratch
+        console.print(
+            f"Beside parameters and moments {said / 2**20:,.1f} MiB; measured "
+            f"{measured / 2**20:,.1f} ({measured / said - 1:+.0%}).",
+            highlight=False,
+        )
 
 
 def _next_steps(result: RunResult) -> str:
