@@ -52,7 +52,7 @@ class Ours(Worker):
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """Return the last positions' logits `[B, V]`."""
-        return self._lm(ids).numpy()[:, -1]
+        return self._lm(ids, logits_to_keep=1).numpy()[:, -1]
 
     def greedy(self, ids: np.ndarray, new: int) -> np.ndarray:
         """Return the tokens that `generate` adds `[B, new]`."""
