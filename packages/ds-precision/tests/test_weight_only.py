@@ -57,6 +57,9 @@ def test_a_mode_that_is_not_there_is_named():
 
 def test_products_of_8_bit_weights_equal_those_of_what_they_stand_for():
     rng = np.random.default_rng(3)
-    w, x = quantize_int8(rng.normal(size=(64, 33))), tf.constant(rng.normal(size=(9, 64)), "float32")
+    w, x = (
+        quantize_int8(rng.normal(size=(64, 33))),
+        tf.constant(rng.normal(size=(9, 64)), "float32"),
+    )
 
     np.testing.assert_allclose(matmul(x, w), x @ w.dequantize(), rtol=1e-5, atol=1e-5)

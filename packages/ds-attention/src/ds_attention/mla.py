@@ -235,14 +235,12 @@ class MultiHeadLatentAttention(keras.layers.Layer):
             rotation = rope_rotation(positions, c.qk_rope_head_dim, c.rope_theta, c.rope_scaling)
             shape = tf.broadcast_dynamic_shape(tf.shape(positions), tf.shape(mask.slots))
             valid = None if mask.valid is None else tf.cast(mask.valid, tf.bool)
+            cos, sin = (tf.broadcast_to(r, tf.concat([shape, r.shape[-1:]], 0)) for r in rotation)
             out = fused_attention(
                 q_BSHQ,
                 kv,
                 k_rope,
-                [
-                    tf.broadcast_to(part, tf.concat([shape, [part.shape[-1]]], 0))
-                    for part in rotation
-                ],
+                (cos, sin),
                 tf.broadcast_to(tf.cast(mask.slots, tf.int32), shape),
                 valid,
                 c.score_scale,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from ds_precision.kernels import kernels
+from ds_precision.kernels import operations
 
 
 def fused_rms_norm(x: tf.Tensor, weight: tf.Tensor, epsilon: float) -> tf.Tensor:
@@ -27,7 +27,7 @@ def fused_rms_norm(x: tf.Tensor, weight: tf.Tensor, epsilon: float) -> tf.Tensor
     Returns:
         `[..., D]` in the type of `x`.
     """
-    y = kernels().ds_rms_norm(x=x, weight=weight, epsilon=epsilon).y
+    y = operations().ds_rms_norm(x=x, weight=weight, epsilon=epsilon).y
     y.set_shape(x.shape)
     return y
 
@@ -45,14 +45,14 @@ def fused_cross_entropy(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
     Raises:
         tf.errors.InvalidArgumentError: a label is not in `[0, V)`.
     """
-    losses = kernels().ds_cross_entropy(logits=logits, labels=labels).losses
+    losses = operations().ds_cross_entropy(logits=logits, labels=labels).losses
     losses.set_shape(labels.shape)
     return losses
 
 
 def fused_square_sum(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
     """Return the sum of the squares of all numbers of float32 tensors, a float32 scalar."""
-    total = kernels().ds_square_sum(x=list(tensors))
+    total = operations().ds_square_sum(x=list(tensors))
     total.set_shape([])
     return total
 
@@ -90,7 +90,7 @@ def fused_adamw(
         gradient: g, of the same shape. Its memory is reused where nothing else reads it.
         scalars: `[6]` float32: scale, rate, epsilon, decay, b1, b2.
     """
-    found = kernels().ds_adam_w(p=variable, m=momentum, v=velocity, g=gradient, scalars=scalars)
+    found = operations().ds_adam_w(p=variable, m=momentum, v=velocity, g=gradient, scalars=scalars)
     for tensor in found:
         tensor.set_shape(variable.shape)
     return AdamWUpdate(*found)
@@ -99,7 +99,7 @@ def fused_adamw(
 @tf.RegisterGradient("DsRmsNorm")
 def _rms_norm_gradient(op: tf.Operation, dy: tf.Tensor, *_: Any) -> list[tf.Tensor | None]:
     x, weight = op.inputs[:2]
-    found = kernels().ds_rms_norm_grad(x=x, weight=weight, scales=op.outputs[1], dy=dy)
+    found = operations().ds_rms_norm_grad(x=x, weight=weight, scales=op.outputs[1], dy=dy)
     found.dx.set_shape(x.shape)
     found.dweight.set_shape(weight.shape)
     return [found.dx, found.dweight]
@@ -110,7 +110,7 @@ def _cross_entropy_gradient(
     op: tf.Operation, dlosses: tf.Tensor, *_: Any
 ) -> list[tf.Tensor | None]:
     logits, labels = op.inputs
-    dlogits = kernels().ds_cross_entropy_grad(
+    dlogits = operations().ds_cross_entropy_grad(
         logits=logits, labels=labels, sums=op.outputs[1], dlosses=dlosses
     )
     dlogits.set_shape(logits.shape)

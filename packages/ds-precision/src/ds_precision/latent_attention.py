@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from ds_precision.kernels import kernels
+from ds_precision.kernels import operations
 
 
 def fused_latent_attention(
@@ -51,7 +51,7 @@ def fused_latent_attention(
         tf.errors.InvalidArgumentError: a slot is out of range, or sizes do not fit.
     """
     cosines, sines = rotation
-    y, updated = kernels().ds_latent_attention(
+    y, updated = operations().ds_latent_attention(
         q=q,
         compressed=compressed,
         norm=norm,

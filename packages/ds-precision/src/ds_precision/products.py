@@ -11,7 +11,7 @@ import tensorflow as tf
 from tensorflow.python.framework import ops
 from tensorflow.python.ops import control_flow_util
 
-from ds_precision.kernels import kernels
+from ds_precision.kernels import kernels, operations
 from ds_precision.weight_only import Int8Weights
 
 TYPES = (tf.float32, tf.bfloat16)
@@ -45,7 +45,7 @@ def fast_matmul(x: tf.Tensor, kernel: tf.Tensor | Int8Weights) -> tf.Tensor:
         `[..., out]` in the type of `x`.
     """
     w, scales = _parts(kernel)
-    y = kernels().ds_matmul(x=x, w=w, scales=scales)
+    y = operations().ds_matmul(x=x, w=w, scales=scales)
     y.set_shape([*x.shape[:-1], w.shape[-1]])
     return y
 
@@ -77,7 +77,7 @@ def fused_experts(
     up_values, up_scales = _parts(gate_up)
     down_values, down_scales = _parts(down)
     y = (
-        kernels()
+        operations()
         .ds_experts(
             x=x,
             indices=indices,
@@ -108,8 +108,8 @@ def _no_scales() -> tf.Tensor:
 @tf.RegisterGradient("DsMatmul")
 def _matmul_gradient(op: tf.Operation, dy: tf.Tensor) -> list[tf.Tensor | None]:
     x, kernel = op.inputs[:2]
-    dx = kernels().ds_matmul(x=dy, w=kernel, scales=_no_scales(), transpose=True)
-    dw = kernels().ds_outer(x=x, dy=dy, W=kernel.dtype)
+    dx = operations().ds_matmul(x=dy, w=kernel, scales=_no_scales(), transpose=True)
+    dw = operations().ds_outer(x=x, dy=dy, W=kernel.dtype)
     dx.set_shape(x.shape)
     dw.set_shape(kernel.shape)
     return [dx, dw, None]
@@ -118,7 +118,7 @@ def _matmul_gradient(op: tf.Operation, dy: tf.Tensor) -> list[tf.Tensor | None]:
 @tf.RegisterGradient("DsExperts")
 def _experts_gradient(op: tf.Operation, dy: tf.Tensor, *_: Any) -> list[tf.Tensor | None]:
     x, _indices, gates, gate_up, _s, down, _t = op.inputs
-    found = kernels().ds_experts_grad(
+    found = operations().ds_experts_grad(
         x=x,
         gates=gates,
         up=gate_up,
@@ -166,7 +166,7 @@ def fused_attention(
     """
     cosines, sines = rotation
     y = (
-        kernels()
+        operations()
         .ds_attention(
             q=q,
             kv=kv,
@@ -186,7 +186,7 @@ def fused_attention(
 
 @tf.RegisterGradient("DsAttention")
 def _attention_gradient(op: tf.Operation, dy: tf.Tensor, *_: Any) -> list[tf.Tensor | None]:
-    found = kernels().ds_attention_grad(
+    found = operations().ds_attention_grad(
         *op.inputs,
         *op.outputs,
         dy,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from ds_precision.kernels import kernels
+from ds_precision.kernels import operations
 
 # Keeps weights finite where all chosen scores are 0, as the reference does.
 SMALL = 1e-20
@@ -42,7 +42,7 @@ def fused_routing(
     Raises:
         tf.errors.InvalidArgumentError: sizes do not fit.
     """
-    indices, gates = kernels().ds_route(
+    indices, gates = operations().ds_route(
         scores=scores,
         bias=tf.zeros([0]) if bias is None else bias,
         chosen=chosen,

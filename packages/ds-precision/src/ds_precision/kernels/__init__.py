@@ -5,6 +5,6 @@ and for single tokens. Where they can't be had (no compiler, a GPU, `DS_PRECISIO
 everything runs on stock operations with the same results up to rounding.
 """
 
-from ds_precision.kernels.library import kernels
+from ds_precision.kernels.library import kernels, operations
 
-__all__ = ["kernels"]
+__all__ = ["kernels", "operations"]

@@ -63,6 +63,18 @@ def kernels() -> ModuleType | None:
     return found
 
 
+def operations() -> ModuleType:
+    """Return the compiled operations to code that has asked `use_kernels` before.
+
+    Raises:
+        RuntimeError: there are none here.
+    """
+    found = kernels()
+    if found is None:
+        raise RuntimeError("there are no compiled operations here; ask use_kernels first")
+    return found
+
+
 def compiled() -> Path:
     """Return the shared library, made now if this machine has none of this source yet."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
