@@ -34,6 +34,7 @@ def measure(systems: Sequence[System], tasks: Sequence[Task], threads: int, foun
             found.limits = combine([found.limits, *_limits(workers)])
             for task in todo:
                 found.rows.append(time_row(workers, task, found.rounds))
+            found.limits = combine([found.limits, *_limits(workers)])  # once may be a bad moment
 
 
 def _start(
