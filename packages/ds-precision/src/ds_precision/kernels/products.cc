@@ -408,6 +408,13 @@ __attribute__((always_inline)) inline void thin(
   const char* p1 = b.at(0, c1);
   Vec scale[2 * width] = {};
   for (int64_t k = 0; k < inner; k++, p0 += step, p1 += step) {
+    if (rows <= 2) {  // so few sums that reading is all there is
+#pragma GCC unroll 16
+      for (int64_t ahead = 0; ahead < width * kLanes * size_of(type); ahead += 64) {
+        __builtin_prefetch(p0 + 8 * step + ahead);
+        __builtin_prefetch(p1 + 8 * step + ahead);
+      }
+    }
     if constexpr (type == Type::kInt8) {
       if (k % kScaleRows == 0) {
         const float* s = b.scales + k / kScaleRows * b.stride;
@@ -561,7 +568,10 @@ int64_t thin_rows(const Left& a, const View& b, const Shape& s, int64_t column, 
                   Put& put) {
   constexpr int width = rows == 1 ? 8 : rows <= 3 ? 4 : rows <= 6 ? 2 : 1;
   constexpr int fits = type == Type::kInt8 && width > 4 ? 4 : width;  // scales take registers
-  return thin_columns<rows, fits, type>(a, b, s, column, end, put);
+  column = thin_columns<rows, fits, type>(a, b, s, column, end, put);
+  if constexpr (fits > 2) column = thin_columns<rows, 2, type>(a, b, s, column, end, put);
+  if constexpr (fits > 1) column = thin_columns<rows, 1, type>(a, b, s, column, end, put);
+  return column;
 }
 
 template <class Put, Type type, size_t... n>
@@ -623,13 +633,14 @@ int64_t block_of(int64_t rows) {
 
 // Columns a task takes: all, unless there are too few tasks to share out.
 int64_t column_share(const Groups& g) {
-  const int64_t wanted = 4 * Threads::shared().count();
+  const int64_t wanted = 3 * Threads::shared().count();
   int64_t tasks = 0;
   for (int64_t e = 0; e < g.count && tasks < wanted; e++) {
     tasks += (g.offsets[e + 1] - g.offsets[e] + kRowBlock - 1) / kRowBlock;
   }
-  const int64_t width = kPanels * (g.pair ? kLanes : kPanel);
-  const int64_t parts = (wanted + tasks) / std::max<int64_t>(1, tasks);
+  const bool few = g.offsets[g.count] <= kThinRows;
+  const int64_t width = (few ? kPanels / 2 : kPanels) * (g.pair ? kLanes : kPanel);
+  const int64_t parts = (wanted + tasks - 1) / std::max<int64_t>(1, tasks);
   return std::max<int64_t>(width, (g.columns / parts + width - 1) / width * width);
 }
 
@@ -639,11 +650,13 @@ void grouped(const Groups& g, const Put& put) {
   struct Task { int64_t group, row, rows, column; };
   std::vector<Task> tasks;
   const int64_t share = column_share(g);
-  for (int64_t e = 0; e < g.count; e++) {
-    const int64_t block = block_of(g.offsets[e + 1] - g.offsets[e]);
-    for (int64_t row = g.offsets[e]; row < g.offsets[e + 1]; row += block) {
-      const int64_t rows = std::min<int64_t>(block, g.offsets[e + 1] - row);
-      for (int64_t c = 0; c < g.columns; c += share) tasks.push_back({e, row, rows, c});
+  // Columns outermost: neighbours in time then read different matrices, not the same pages.
+  for (int64_t c = 0; c < g.columns; c += share) {
+    for (int64_t e = 0; e < g.count; e++) {
+      const int64_t block = block_of(g.offsets[e + 1] - g.offsets[e]);
+      for (int64_t row = g.offsets[e]; row < g.offsets[e + 1]; row += block) {
+        tasks.push_back({e, row, std::min<int64_t>(block, g.offsets[e + 1] - row), c});
+      }
     }
   }
   Threads::shared().run(tasks.size(), [&](int64_t i) {
@@ -753,6 +766,34 @@ View floats(const float* data, int64_t stride) {
   return {reinterpret_cast<const char*>(data), Type::kFloat, stride};
 }
 
+constexpr int64_t kFewAssignments = 256;
+
+// The sum over a token's experts where tokens are few: threads take experts, each its own, and
+// what they give is summed afterwards.
+void sum_few(const Groups& down, int64_t tokens, const float* gates, int32_t per_token,
+             const int32_t* order, Type type, char* y) {
+  const int64_t hidden = down.columns, assignments = tokens * per_token;
+  float* parts = scratch(3, assignments * hidden);
+  grouped(down, [&](int64_t row, int64_t column, Vec first, Vec second, int64_t count) {
+    const float gate = gates[order[row]];
+    each(column, first, second, count, [&](int64_t at, Vec value, int real) {
+      char* to = reinterpret_cast<char*>(parts + order[row] * hidden + at);
+      store(Type::kFloat, to, gate * value, real);
+    });
+  });
+  for (int64_t t = 0; t < tokens; t++) {
+    for (int64_t c = 0; c < hidden; c += kLanes) {
+      const int real = std::min<int64_t>(kLanes, hidden - c);
+      Vec total{};
+      for (int64_t k = 0; k < per_token; k++) {
+        const float* part = parts + (t * per_token + k) * hidden + c;
+        total += load(Type::kFloat, reinterpret_cast<const char*>(part), real);
+      }
+      store(type, y + (t * hidden + c) * size_of(type), total, real);
+    }
+  }
+}
+
 // y [T, D] = sum over a token's experts of gate * down(silu(gate_up's gate) * its up).
 // `kept [A, 2I]`, if given, receives what SwiGLU was applied to, for the backward pass.
 void run_experts(const View& x, int64_t tokens, const Experts& experts, const float* gates,
@@ -775,18 +816,22 @@ void run_experts(const View& x, int64_t tokens, const Experts& experts, const fl
             store(x.type, at, gate, real);
             store(x.type, at + inner * size, up, real);
           });
+  const Groups down = experts.through_down(floats(middle, inner), offsets);
+  if (assignments <= kFewAssignments) {
+    sum_few(down, tokens, gates, per_token, order, x.type, y);
+    return;
+  }
   const bool narrow = x.type != Type::kFloat;
   float* sums = narrow ? scratch(3, tokens * hidden) : reinterpret_cast<float*>(y);
   std::memset(sums, 0, tokens * hidden * 4);
-  grouped_in_order(experts.through_down(floats(middle, inner), offsets),
-                   [&](int64_t row, int64_t column, Vec first, Vec second, int64_t count) {
-                     const float gate = gates[order[row]];
-                     float* to = sums + order[row] / per_token * hidden;
-                     each(column, first, second, count, [&](int64_t at, Vec value, int real) {
-                       char* p = reinterpret_cast<char*>(to + at);
-                       store(Type::kFloat, p, load(Type::kFloat, p, real) + gate * value, real);
-                     });
-                   });
+  grouped_in_order(down, [&](int64_t row, int64_t column, Vec first, Vec second, int64_t count) {
+    const float gate = gates[order[row]];
+    float* to = sums + order[row] / per_token * hidden;
+    each(column, first, second, count, [&](int64_t at, Vec value, int real) {
+      char* p = reinterpret_cast<char*>(to + at);
+      store(Type::kFloat, p, load(Type::kFloat, p, real) + gate * value, real);
+    });
+  });
   if (!narrow) return;
   shared_rows(tokens, [&](int64_t first, int64_t end) {
     for (int64_t i = first * hidden; i < end * hidden; i += kLanes) {
