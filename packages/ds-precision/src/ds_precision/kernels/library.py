@@ -1,4 +1,4 @@
-"""Compiling `products.cc` for this machine, once, and loading it.
+"""Compiling `operations.cc` for this machine, once, and loading it.
 
 The operations use TensorFlow's C interface, whose headers compile in no time and whose
 binary form outlives a release.
@@ -20,7 +20,7 @@ from types import ModuleType
 
 import tensorflow as tf
 
-SOURCE = Path(__file__).with_name("products.cc")
+SOURCE = Path(__file__).with_name("operations.cc")
 SETTING = "DS_PRECISION_KERNELS"
 FLAGS = (
     "-O3",
@@ -31,6 +31,7 @@ FLAGS = (
     "-pthread",
     "-Wno-psabi",
     "-fno-math-errno",
+    "-fvisibility=hidden",
 )
 
 log = logging.getLogger("ds_precision")
@@ -55,7 +56,7 @@ def kernels() -> ModuleType | None:
         path = compiled()
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", "") or str(error)
-        log.warning("the fast products can't be compiled, stock ones run: %s", said.strip())
+        log.warning("the fast operations can't be compiled, stock ones run: %s", said.strip())
         return None
     found = tf.load_op_library(str(path))
     threads = tf.config.threading.get_intra_op_parallelism_threads()
@@ -83,13 +84,14 @@ def compiled() -> Path:
     places = [f"-I{tf.sysconfig.get_include()}", *tf.sysconfig.get_link_flags()]
     command = [compiler, *FLAGS, str(SOURCE), *places]
     # A library for other instructions than this processor's would end the process.
-    made_of = [SOURCE.read_text(encoding="utf-8"), *command, tf.__version__, _processor()]
+    sources = [path.read_text(encoding="utf-8") for path in sorted(SOURCE.parent.glob("*.[ch]*"))]
+    made_of = [*sources, compiler, *FLAGS, tf.__version__, _processor()]
     digest = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ds-precision"
-    target = cache / f"products-{digest}.so"
+    target = cache / f"operations-{digest}.so"
     if target.exists():
         return target
-    log.info("compiling the fast products into %s", target)
+    log.info("compiling the fast operations into %s", target)
     cache.mkdir(parents=True, exist_ok=True)
     # Elsewhere first: another process may look for the file at this moment.
     with tempfile.TemporaryDirectory(dir=cache) as folder:

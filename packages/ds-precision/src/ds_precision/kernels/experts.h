@@ -1,0 +1,175 @@
+// The feed-forward of experts, and its gradients.
+//
+// Letters: T tokens, D hidden_size, I moe_intermediate_size, E experts, K experts a token,
+// A = T*K assignments.
+
+#pragma once
+
+#include "groups.h"
+
+namespace ds {
+
+// The weights of all experts: `up [E, D, 2I]`, gate first, and `down [E, I, D]`.
+struct Experts {
+  View up, down;
+  int64_t count, hidden, inner;
+
+  Groups through_up(const View& x, const int32_t* offsets) const {
+    return {x, up, hidden, inner, inner, count, offsets, hidden * 2 * inner,
+            hidden / kScaleRows * 2 * inner};
+  }
+  Groups through_down(const View& x, const int32_t* offsets) const {
+    return {x, down, inner, hidden, 0, count, offsets, inner * hidden,
+            inner / kScaleRows * hidden};
+  }
+};
+
+// Sorts assignments by expert, in order of tokens within one: `order [A]`, `offsets [E + 1]`.
+void sort_by_expert(const int32_t* indices, int64_t assignments, int64_t experts, int32_t* order,
+                    int32_t* offsets) {
+  std::fill(offsets, offsets + experts + 1, 0);
+  for (int64_t i = 0; i < assignments; i++) offsets[indices[i] + 1]++;
+  for (int64_t e = 0; e < experts; e++) offsets[e + 1] += offsets[e];
+  std::vector<int32_t> next(offsets, offsets + experts);
+  for (int64_t i = 0; i < assignments; i++) order[next[indices[i]]++] = i;
+}
+
+constexpr int64_t kFewAssignments = 256;
+
+// The sum over a token's experts where tokens are few: threads take experts, each its own, and
+// what they give is summed afterwards.
+void sum_few(const Groups& down, int64_t tokens, const float* gates, int32_t per_token,
+             const int32_t* order, Type type, char* y) {
+  const int64_t hidden = down.columns, assignments = tokens * per_token;
+  float* parts = scratch(3, assignments * hidden);
+  grouped(down, [&](int64_t row, int64_t column, Vec first, Vec second, int64_t count) {
+    const float gate = gates[order[row]];
+    each(column, first, second, count, [&](int64_t at, Vec value, int real) {
+      char* to = reinterpret_cast<char*>(parts + order[row] * hidden + at);
+      store(Type::kFloat, to, gate * value, real);
+    });
+  });
+  for (int64_t t = 0; t < tokens; t++) {
+    for (int64_t c = 0; c < hidden; c += kLanes) {
+      const int real = std::min<int64_t>(kLanes, hidden - c);
+      Vec total{};
+      for (int64_t k = 0; k < per_token; k++) {
+        const float* part = parts + (t * per_token + k) * hidden + c;
+        total += load(Type::kFloat, reinterpret_cast<const char*>(part), real);
+      }
+      store(type, y + (t * hidden + c) * size_of(type), total, real);
+    }
+  }
+}
+
+// y [T, D] = sum over a token's experts of gate * down(silu(gate_up's gate) * its up).
+// `kept [A, 2I]`, if given, receives what SwiGLU was applied to, for the backward pass.
+void run_experts(const View& x, int64_t tokens, const Experts& experts, const float* gates,
+                 int32_t per_token, const int32_t* order, const int32_t* offsets, char* kept,
+                 char* y) {
+  const int64_t inner = experts.inner, hidden = experts.hidden;
+  const int64_t assignments = tokens * per_token;
+  float* middle = scratch(2, assignments * inner);
+  View rows = x;
+  rows.index = order;
+  rows.share = per_token;
+  grouped(experts.through_up(rows, offsets),
+          [&](int64_t row, int64_t column, Vec gate, Vec up, int64_t count) {
+            const int real = std::min<int64_t>(kLanes, count);
+            const Vec value = gate * sigmoid(gate) * up;
+            store(Type::kFloat, reinterpret_cast<char*>(&middle[row * inner + column]), value, real);
+            if (!kept) return;
+            const int64_t size = size_of(x.type);
+            char* at = kept + (row * 2 * inner + column) * size;
+            store(x.type, at, gate, real);
+            store(x.type, at + inner * size, up, real);
+          });
+  const Groups down = experts.through_down(floats(middle, inner), offsets);
+  if (assignments <= kFewAssignments) {
+    sum_few(down, tokens, gates, per_token, order, x.type, y);
+    return;
+  }
+  const bool narrow = x.type != Type::kFloat;
+  float* sums = narrow ? scratch(3, tokens * hidden) : reinterpret_cast<float*>(y);
+  std::memset(sums, 0, tokens * hidden * 4);
+  grouped_in_order(down, [&](int64_t row, int64_t column, Vec first, Vec second, int64_t count) {
+    const float gate = gates[order[row]];
+    float* to = sums + order[row] / per_token * hidden;
+    each(column, first, second, count, [&](int64_t at, Vec value, int real) {
+      char* p = reinterpret_cast<char*>(to + at);
+      store(Type::kFloat, p, load(Type::kFloat, p, real) + gate * value, real);
+    });
+  });
+  if (!narrow) return;
+  shared_rows(tokens, [&](int64_t first, int64_t end) {
+    for (int64_t i = first * hidden; i < end * hidden; i += kLanes) {
+      const int real = std::min<int64_t>(kLanes, end * hidden - i);
+      store(x.type, y + i * size_of(x.type),
+            load(Type::kFloat, reinterpret_cast<char*>(sums + i), real), real);
+    }
+  });
+}
+
+// The gradients of `run_experts`, given dy. What SwiGLU gave is computed again, not kept.
+void run_experts_backward(const View& x, int64_t tokens, const Experts& experts,
+                          const float* gates, int32_t per_token, const int32_t* order,
+                          const int32_t* offsets, const char* kept, const View& dy, float* dx,
+                          float* dgates, Type weight, char* dup, char* ddown) {
+  const int64_t inner = experts.inner, hidden = experts.hidden;
+  const int64_t assignments = tokens * per_token;
+  float* middle = scratch(2, assignments * inner);
+  float* wide = scratch(3, assignments * 2 * inner);
+  View rows = x, above = dy;
+  rows.index = above.index = order;
+  rows.share = above.share = per_token;
+
+  Groups back = experts.through_down(above, offsets);  // dy W_down^T: [A, I]
+  back.b.transposed = true;
+  std::swap(back.inner, back.columns);
+  grouped(back, [&](int64_t row, int64_t column, Vec first, Vec second, int64_t count) {
+    each(column, first, second, count, [&](int64_t at, Vec value, int real) {
+      store(Type::kFloat, reinterpret_cast<char*>(&middle[row * inner + at]), value, real);
+    });
+  });
+  // Through SwiGLU: `middle` becomes gate * activation, `wide` the gradient before it.
+  shared_rows(assignments, [&](int64_t first, int64_t end) {
+    const int64_t size = size_of(x.type);
+    for (int64_t row = first; row < end; row++) {
+      const float gate = gates[order[row]];
+      Vec dgate{};
+      for (int64_t c = 0; c < inner; c += kLanes) {
+        const int real = std::min<int64_t>(kLanes, inner - c);
+        const char* at = kept + (row * 2 * inner + c) * size;
+        char* mid = reinterpret_cast<char*>(&middle[row * inner + c]);
+        char* out = reinterpret_cast<char*>(&wide[row * 2 * inner + c]);
+        const Vec g = load(x.type, at, real), u = load(x.type, at + inner * size, real);
+        const Vec above = load(Type::kFloat, mid, real), s = sigmoid(g), act = g * s;
+        dgate += act * u * above;
+        const Vec scaled = gate * above;
+        store(Type::kFloat, out, scaled * u * (s + act * (1.f - s)), real);
+        store(Type::kFloat, out + inner * 4, scaled * act, real);
+        store(Type::kFloat, mid, gate * act * u, real);
+      }
+      dgates[order[row]] = sum(dgate);
+    }
+  });
+  std::memset(dx, 0, tokens * hidden * 4);
+  Groups down = experts.through_up(floats(wide, 2 * inner), offsets);  // [A, 2I] W_up^T
+  down.b.transposed = true;
+  down.inner = 2 * inner;
+  down.columns = hidden;
+  down.pair = 0;
+  grouped_in_order(down, [&](int64_t row, int64_t column, Vec first, Vec second, int64_t count) {
+    float* to = dx + order[row] / per_token * hidden;
+    each(column, first, second, count, [&](int64_t at, Vec value, int real) {
+      char* p = reinterpret_cast<char*>(to + at);
+      store(Type::kFloat, p, load(Type::kFloat, p, real) + value, real);
+    });
+  });
+  grouped_outer(rows, floats(wide, 2 * inner), hidden, 2 * inner, experts.count, offsets,
+                weight, dup);
+  grouped_outer(floats(middle, inner), above, inner, hidden, experts.count, offsets, weight,
+                ddown);
+}
+
+}  // namespace ds

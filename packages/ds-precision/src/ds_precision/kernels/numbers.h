@@ -1,0 +1,119 @@
+// Sixteen numbers at a time: loading, storing and rounding them, and the functions of them.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace ds {
+
+// Compilers turn these into one AVX-512 register, two AVX2 ones or four of NEON.
+typedef float Vec __attribute__((vector_size(64)));
+typedef float LooseVec __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t IntVec __attribute__((vector_size(64)));
+typedef uint32_t BitVec __attribute__((vector_size(64)));
+typedef uint16_t Loose16 __attribute__((vector_size(32), aligned(2), may_alias));
+typedef int8_t Loose8 __attribute__((vector_size(16), aligned(1), may_alias));
+
+constexpr int kLanes = 16;
+#ifdef __AVX512F__
+constexpr int kTileRows = 14;  // 28 of 32 registers hold sums
+#else
+constexpr int kTileRows = 3;
+#endif
+constexpr int kPanel = 2 * kLanes;  // columns of a tile
+constexpr int64_t kPanels = 8;       // most panels packed together
+constexpr int64_t kPacked = 192 * 1024;  // and most numbers in them, to stay in the cache
+constexpr int kThinRows = 8;        // up to here weights are read where they lie
+constexpr int kRowBlock = 1008;     // most rows that share a packed panel
+constexpr int kScaleRows = 32;      // rows of an 8-bit weight under one scale
+
+// `kRounded` is float32 in memory and bfloat16 in the product.
+enum class Type { kFloat, kBfloat16, kInt8, kRounded };
+
+constexpr int64_t size_of(Type type) {
+  return type == Type::kBfloat16 ? 2 : type == Type::kInt8 ? 1 : 4;
+}
+
+// The bits of the nearest bfloat16, ties to even, in the upper halves; NaN stays NaN.
+inline auto nearest_bfloat16(Vec value) {
+  const BitVec bits = (BitVec)value;
+  const BitVec nan = (BitVec)(value != value);
+  const BitVec near = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000;
+  return (near & ~nan) | (nan & 0x7fc00000);
+}
+
+template <Type type>
+inline Vec load(const char* from) {
+  if constexpr (type == Type::kFloat) return *reinterpret_cast<const LooseVec*>(from);
+  if constexpr (type == Type::kRounded) {
+    return (Vec)nearest_bfloat16(*reinterpret_cast<const LooseVec*>(from));
+  }
+  if constexpr (type == Type::kBfloat16) {
+    return (Vec)(__builtin_convertvector(*reinterpret_cast<const Loose16*>(from), BitVec) << 16);
+  }
+  if constexpr (type == Type::kInt8) {
+    return __builtin_convertvector(
+        __builtin_convertvector(*reinterpret_cast<const Loose8*>(from), IntVec), Vec);
+  }
+}
+
+inline Vec load(Type type, const char* from, int count = kLanes) {
+  alignas(64) char whole[64];
+  if (count < kLanes) {
+    std::memset(whole, 0, sizeof(whole));
+    std::memcpy(whole, from, count * size_of(type));
+    from = whole;
+  }
+  switch (type) {
+    case Type::kFloat: return load<Type::kFloat>(from);
+    case Type::kBfloat16: return load<Type::kBfloat16>(from);
+    case Type::kRounded: return load<Type::kRounded>(from);
+    default: return load<Type::kInt8>(from);
+  }
+}
+
+inline void store(Type type, char* to, Vec value, int count = kLanes) {
+  if (type == Type::kFloat) {
+    if (count == kLanes) *reinterpret_cast<LooseVec*>(to) = value;
+    else std::memcpy(to, &value, count * 4);
+  } else {
+    const Loose16 small = __builtin_convertvector(nearest_bfloat16(value) >> 16, Loose16);
+    std::memcpy(to, &small, count * 2);
+  }
+}
+
+inline Vec spread(float value) { return value - Vec{}; }
+
+// e^x to 2 units in the last place; arguments outside float32's range end at its limits.
+inline Vec exponential(Vec x) {
+  x = x > 88.f ? spread(88.f) : x;
+  x = x < -87.f ? spread(-87.f) : x;
+  const Vec shifted = x * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the sum's low bits are round(x)
+  const Vec whole = shifted - 12582912.f;
+  Vec r = x - whole * 0.693359375f;
+  r = r + whole * 2.12194440e-4f;
+  Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.f;
+  const BitVec power = ((BitVec)shifted + 127u) << 23;
+  return p * (Vec)power;
+}
+
+inline Vec root(Vec x) {
+  for (int i = 0; i < kLanes; i++) x[i] = std::sqrt(x[i]);
+  return x;
+}
+
+inline Vec sigmoid(Vec x) { return 1.f / (1.f + exponential(-x)); }
+
+inline float sum(Vec value) {
+  float total = 0;
+  for (int i = 0; i < kLanes; i++) total += value[i];
+  return total;
+}
+
+}  // namespace ds

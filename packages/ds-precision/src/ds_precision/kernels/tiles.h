@@ -1,0 +1,381 @@
+// Products by tiles, in float32 registers whatever the tensors hold (float32, bfloat16, or 8-bit
+// weights with scales): a tile of up to 14 rows by 32 columns is accumulated over the whole
+// inner size. Weights are first copied, 32 columns at a time, into a panel that stays in the
+// cache; for a handful of rows that copy would cost more than it saves, and the weights are
+// read where they lie. Products of bfloat16 are exact in float32, so nothing is lost.
+
+#pragma once
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "numbers.h"
+#include "threads.h"
+
+namespace ds {
+
+// A matrix in memory. Element (r, c) lies at row `index ? index[r] / share : r`, column c; or at
+// row c, column r if it is transposed.
+struct View {
+  const char* data;
+  Type type;
+  int64_t stride;  // elements from one stored row to the next
+  bool transposed = false;
+  const int32_t* index = nullptr;
+  int32_t share = 1;
+  const float* scales = nullptr;  // [rows / 32, stride], of 8-bit weights
+
+  const char* at(int64_t row, int64_t column) const {
+    const int64_t stored = index ? index[row] / share : row;
+    return data + (stored * stride + column) * size_of(type);
+  }
+};
+
+template <Type type>
+void copy_columns(const View& from, int64_t rows, int64_t column, float* to, int step) {
+  for (int64_t r = 0; r < rows; r++) {
+    Vec value = load<type>(from.at(r, column));
+    if constexpr (type == Type::kInt8) {
+      value *= *reinterpret_cast<const LooseVec*>(
+          from.scales + r / kScaleRows * from.stride + column);
+    }
+    *reinterpret_cast<LooseVec*>(to + r * step) = value;
+  }
+}
+
+// Transposes 16 x 16 numbers in registers: four rounds of swapping halves.
+inline void transpose(Vec (&v)[kLanes]) {
+#define SWAP(width, ...)                                         \
+  for (int i = 0; i < kLanes; i++) {                             \
+    if (i & width) continue;                                     \
+    const Vec low = v[i], high = v[i + width];                   \
+    v[i] = __builtin_shuffle(low, high, IntVec{__VA_ARGS__});    \
+    v[i + width] = __builtin_shuffle(low, high, IntVec{__VA_ARGS__} + width); \
+  }
+  SWAP(8, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23)
+  SWAP(4, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27)
+  SWAP(2, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
+  SWAP(1, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30)
+#undef SWAP
+}
+
+// Copies `count` (at most 16) columns from `column` on into `to`, `step` numbers a row.
+void copy(const View& from, int64_t rows, int64_t column, int count, float* to, int step) {
+  if (!from.transposed) {
+    if (count == kLanes) {
+      switch (from.type) {
+        case Type::kFloat: return copy_columns<Type::kFloat>(from, rows, column, to, step);
+        case Type::kBfloat16: return copy_columns<Type::kBfloat16>(from, rows, column, to, step);
+        case Type::kRounded: return copy_columns<Type::kRounded>(from, rows, column, to, step);
+        default: return copy_columns<Type::kInt8>(from, rows, column, to, step);
+      }
+    }
+    for (int64_t r = 0; r < rows; r++) {
+      Vec value = load(from.type, from.at(r, column), std::max(count, 0));
+      if (from.scales && count > 0) {
+        const float* scale = from.scales + r / kScaleRows * from.stride + column;
+        value *= load(Type::kFloat, reinterpret_cast<const char*>(scale), count);
+      }
+      *reinterpret_cast<LooseVec*>(to + r * step) = value;
+    }
+    return;
+  }
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    const int wide = std::min<int64_t>(kLanes, rows - r);
+    Vec block[kLanes];
+    for (int c = 0; c < kLanes; c++) {
+      block[c] = c < count ? load(from.type, from.at(column + c, r), wide) : Vec{};
+    }
+    transpose(block);
+    for (int i = 0; i < wide; i++) *reinterpret_cast<LooseVec*>(to + (r + i) * step) = block[i];
+  }
+}
+
+View floats(const float* data, int64_t stride) {
+  return {reinterpret_cast<const char*>(data), Type::kFloat, stride};
+}
+
+
+// The left side of a product in float32: row by row, wherever each lies; or packed by tiles, each
+// `[inner, 16]` with its rows side by side.
+struct Left {
+  const float* const* rows;
+  const float* packed = nullptr;
+};
+
+// Brings rows [first, first + count) of the left side into float32, in place if they are.
+Left left_side(const View& a, int64_t first, int64_t count, int64_t inner) {
+  if (a.transposed) {  // rows are columns of what is stored
+    const int64_t tiles = (count + kTileRows - 1) / kTileRows;
+    float* to = scratch(0, tiles * inner * kLanes);
+    View stored = a;
+    stored.transposed = false;
+    for (int64_t t = 0; t < tiles; t++) {
+      const int64_t wide = std::min<int64_t>(kTileRows, count - t * kTileRows);
+      copy(stored, inner, first + t * kTileRows, wide, to + t * inner * kLanes, kLanes);
+    }
+    return {nullptr, to};
+  }
+  thread_local std::vector<const float*> rows;
+  rows.resize(count);
+  if (a.type == Type::kFloat) {
+    for (int64_t r = 0; r < count; r++) {
+      rows[r] = reinterpret_cast<const float*>(a.at(first + r, 0));
+    }
+    return {rows.data()};
+  }
+  const int64_t step = (inner + kLanes - 1) / kLanes * kLanes;
+  float* to = scratch(0, count * step);
+  for (int64_t r = 0; r < count; r++) {
+    rows[r] = to + r * step;
+    for (int64_t k = 0; k < inner; k += kLanes) {
+      const int wide = std::min<int64_t>(kLanes, inner - k);
+      *reinterpret_cast<LooseVec*>(to + r * step + k) = load(a.type, a.at(first + r, k), wide);
+    }
+  }
+  return {rows.data()};
+}
+
+// What to bring into the cache meanwhile: one line for each step along the inner size.
+struct Ahead {
+  const char* data;
+  int64_t step;
+};
+
+// Rows x 32 sums from a packed panel `[inner, 32]`.
+template <int rows, bool packed>
+__attribute__((always_inline)) inline void tile(const Left& a, int64_t row, const float* panel,
+                                                int64_t inner, const Ahead& ahead,
+                                                Vec (&sums)[rows][2]) {
+  const float* from[rows];
+#pragma GCC unroll 14
+  for (int i = 0; i < rows; i++) {
+    from[i] = packed ? a.packed + row * inner / kTileRows * kLanes : a.rows[row + i];
+    sums[i][0] = sums[i][1] = Vec{};
+  }
+  for (int64_t k = 0; k < inner; k++) {
+    __builtin_prefetch(ahead.data + k * ahead.step, 0, 2);
+    const Vec b0 = *reinterpret_cast<const Vec*>(panel + k * kPanel);
+    const Vec b1 = *reinterpret_cast<const Vec*>(panel + k * kPanel + kLanes);
+#pragma GCC unroll 14
+    for (int i = 0; i < rows; i++) {
+      const float value = packed ? from[0][k * kLanes + i] : from[i][k];
+      sums[i][0] += value * b0;
+      sums[i][1] += value * b1;
+    }
+  }
+}
+
+// Rows x (2 * width * 16) sums from weights where they lie: `width` vectors at each of two places.
+template <int rows, int width, Type type>
+__attribute__((always_inline)) inline void thin(
+    const Left& a, const View& b, int64_t inner, int64_t c0, int64_t c1,
+    Vec (&sums)[rows][2 * width]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < rows; i++) {
+#pragma GCC unroll 16
+    for (int v = 0; v < 2 * width; v++) sums[i][v] = Vec{};
+  }
+  const int64_t step = b.stride * size_of(type);
+  const char* p0 = b.at(0, c0);
+  const char* p1 = b.at(0, c1);
+  Vec scale[2 * width] = {};
+  for (int64_t k = 0; k < inner; k++, p0 += step, p1 += step) {
+    if (rows <= 2) {  // so few sums that reading is all there is
+      for (int64_t ahead = 0; ahead < width * kLanes * size_of(type); ahead += 64) {
+        __builtin_prefetch(p0 + 8 * step + ahead);
+        __builtin_prefetch(p1 + 8 * step + ahead);
+      }
+    }
+    if constexpr (type == Type::kInt8) {
+      if (k % kScaleRows == 0) {
+        const float* s = b.scales + k / kScaleRows * b.stride;
+#pragma GCC unroll 16
+        for (int v = 0; v < 2 * width; v++) {
+          const int64_t column = v < width ? c0 + v * kLanes : c1 + (v - width) * kLanes;
+          scale[v] = *reinterpret_cast<const LooseVec*>(s + column);
+        }
+      }
+    }
+#pragma GCC unroll 16
+    for (int v = 0; v < 2 * width; v++) {
+      const char* from = (v < width ? p0 + v * kLanes * size_of(type)
+                                    : p1 + (v - width) * kLanes * size_of(type));
+      Vec value = load<type>(from);
+      if constexpr (type == Type::kInt8) value *= scale[v];
+#pragma GCC unroll 8
+      for (int i = 0; i < rows; i++) sums[i][v] += a.rows[i][k] * value;
+    }
+  }
+}
+
+// What a product does with its sums: `put(row, column, first, second, count)`, where `first` is
+// 16 sums of the columns from `column` on, `second` of those `gap` further on.
+//
+// A plain product's tiles are 32 columns wide and its `pair` is 0. For SwiGLU a tile holds 16
+// gates and their 16 up projections; `pair` is the distance between the two.
+struct Shape {
+  int64_t rows, inner, pair;
+  int64_t width() const { return pair ? kLanes : kPanel; }  // columns a tile advances
+  int64_t gap() const { return pair ? pair : kLanes; }      // from its first half to its second
+};
+
+template <int rows, class Put>
+void put_tile(const Left& a, const float* panel, const Shape& s, int64_t row, int64_t column,
+              int64_t end, const Ahead& ahead, Put& put) {
+  Vec sums[rows][2];
+  if (a.packed) tile<rows, true>(a, row, panel, s.inner, ahead, sums);
+  else tile<rows, false>(a, row, panel, s.inner, ahead, sums);
+  for (int i = 0; i < rows; i++) put(row + i, column, sums[i][0], sums[i][1], end - column);
+}
+
+template <class Put, size_t... n>
+auto tiles(std::index_sequence<n...>) {
+  using Call = void (*)(const Left&, const float*, const Shape&, int64_t, int64_t, int64_t,
+                        const Ahead&, Put&);
+  static constexpr Call calls[] = {put_tile<n + 1, Put>...};
+  return calls;
+}
+
+// Copies up to `kPanels` panels, from `column` on. Row by row over all of them, so that memory is
+// read in long runs.
+template <Type type>
+void copy_panels(const View& b, const Shape& s, int64_t column, int64_t panels, float* to) {
+  for (int64_t r = 0; r < s.inner; r++) {
+    for (int half = 0; half < 2; half++) {
+      const int64_t first = column + half * s.gap();
+      const char* from = b.at(r, first);
+      const float* scale = b.scales + r / kScaleRows * b.stride + first;
+      for (int64_t p = 0; p < panels; p++) {
+        Vec value = load<type>(from + p * s.width() * size_of(type));
+        if constexpr (type == Type::kInt8) {
+          value *= *reinterpret_cast<const LooseVec*>(scale + p * s.width());
+        }
+        *reinterpret_cast<Vec*>(to + (p * s.inner + r) * kPanel + half * kLanes) = value;
+      }
+    }
+  }
+}
+
+// The same for one panel that is transposed or has fewer than 32 columns.
+void copy_panel(const View& b, const Shape& s, int64_t column, int64_t left, float* to) {
+  const int64_t second = s.pair ? left : left - kLanes;
+  copy(b, s.inner, column, std::min<int64_t>(kLanes, left), to, kPanel);
+  copy(b, s.inner, second > 0 ? column + s.gap() : column,
+       std::max<int64_t>(0, std::min<int64_t>(kLanes, second)), to + kLanes, kPanel);
+}
+
+// How many panels are packed together from `column` on.
+int64_t panels_together(const Shape& s, int64_t column, int64_t end) {
+  const int64_t fit = std::max<int64_t>(1, kPacked / (s.inner * kPanel + 1));
+  const int64_t left = (end - column) / s.width();
+  return std::max<int64_t>(1, std::min({fit, kPanels, left}));
+}
+
+// Columns [column, end) through packed panels. While some are multiplied the next ones' memory is
+// asked for, at last that of `next`, if there is one.
+template <class Put>
+void packed(const Left& a, const View& b, const Shape& s, int64_t column, int64_t end, Put& put,
+            const View* next = nullptr) {
+  const auto calls = tiles<Put>(std::make_index_sequence<kTileRows>());
+  float* panels = scratch(1, s.inner * kPanel * kPanels);
+  const int64_t begin = column;
+  while (column < end) {
+    const int64_t count = panels_together(s, column, end);
+    if (b.transposed || end - column < s.width()) {
+      for (int64_t p = 0; p < count; p++) {
+        const int64_t first = column + p * s.width();
+        copy_panel(b, s, first, end - first, panels + p * s.inner * kPanel);
+      }
+    } else {
+      switch (b.type) {
+        case Type::kFloat: copy_panels<Type::kFloat>(b, s, column, count, panels); break;
+        case Type::kBfloat16: copy_panels<Type::kBfloat16>(b, s, column, count, panels); break;
+        case Type::kRounded: copy_panels<Type::kRounded>(b, s, column, count, panels); break;
+        default: copy_panels<Type::kInt8>(b, s, column, count, panels);
+      }
+    }
+    const int64_t after = column + count * s.width();
+    const View* source = b.transposed ? nullptr : after < end ? &b : next;
+    const int64_t from = after < end ? after : begin;
+    const int64_t run = count * s.width() * size_of(b.type), runs = s.pair ? 2 : 1;
+    int64_t asked = 0;  // bytes of each row
+    for (int64_t row = 0; row < s.rows; row += kTileRows) {
+      const int64_t high = std::min<int64_t>(kTileRows, s.rows - row);
+      for (int64_t p = 0; p < count; p++, asked += 64) {
+        Ahead ahead{reinterpret_cast<const char*>(panels), 0};
+        if (source && asked < runs * run) {
+          const char* first = source->at(0, from + asked / run * s.pair) + asked % run;
+          ahead = {first, source->index ? 0 : source->stride * size_of(b.type)};
+        }
+        calls[high - 1](a, panels + p * s.inner * kPanel, s, row, column + p * s.width(), end,
+                        ahead, put);
+      }
+    }
+    column = after;
+  }
+}
+
+// As many whole wide tiles as fit into [column, end); returns where they stop.
+template <int rows, int width, Type type, class Put>
+int64_t thin_columns(const Left& a, const View& b, const Shape& s, int64_t column, int64_t end,
+                     Put& put) {
+  const bool plain = s.pair == 0;
+  const int64_t advance = (plain ? 2 : 1) * width * kLanes;
+  for (; column + advance <= end; column += advance) {
+    const int64_t second = plain ? column + width * kLanes : column + s.pair;
+    Vec sums[rows][2 * width];
+    thin<rows, width, type>(a, b, s.inner, column, second, sums);
+    for (int i = 0; i < rows; i++) {
+      for (int v = 0; v < (plain ? 2 * width : width); v += plain ? 2 : 1) {
+        put(i, column + v * kLanes, sums[i][v], sums[i][plain ? v + 1 : v + width], kPanel);
+      }
+    }
+  }
+  return column;
+}
+
+template <int rows, Type type, class Put>
+int64_t thin_rows(const Left& a, const View& b, const Shape& s, int64_t column, int64_t end,
+                  Put& put) {
+  constexpr int width = rows == 1 ? 8 : rows <= 3 ? 4 : rows <= 6 ? 2 : 1;
+  constexpr int fits = type == Type::kInt8 && width > 4 ? 4 : width;  // scales take registers
+  column = thin_columns<rows, fits, type>(a, b, s, column, end, put);
+  if constexpr (fits > 2) column = thin_columns<rows, 2, type>(a, b, s, column, end, put);
+  if constexpr (fits > 1) column = thin_columns<rows, 1, type>(a, b, s, column, end, put);
+  return column;
+}
+
+template <class Put, Type type, size_t... n>
+auto thin_calls(std::index_sequence<n...>) {
+  using Call = int64_t (*)(const Left&, const View&, const Shape&, int64_t, int64_t, Put&);
+  static constexpr Call calls[] = {thin_rows<n + 1, type, Put>...};
+  return calls;
+}
+
+// Columns [column, end) of one product, all rows.
+template <class Put>
+void product(const Left& a, const View& b, const Shape& s, int64_t column, int64_t end, Put& put,
+             const View* next = nullptr) {
+  if (s.rows == 0) return;
+  if (s.rows <= kThinRows && !b.transposed && !b.index && !a.packed) {
+    constexpr auto rows = std::make_index_sequence<kThinRows>();
+    switch (b.type) {
+      case Type::kFloat:
+        column = thin_calls<Put, Type::kFloat>(rows)[s.rows - 1](a, b, s, column, end, put);
+        break;
+      case Type::kBfloat16:
+        column = thin_calls<Put, Type::kBfloat16>(rows)[s.rows - 1](a, b, s, column, end, put);
+        break;
+      case Type::kRounded:
+        column = thin_calls<Put, Type::kRounded>(rows)[s.rows - 1](a, b, s, column, end, put);
+        break;
+      default:
+        column = thin_calls<Put, Type::kInt8>(rows)[s.rows - 1](a, b, s, column, end, put);
+    }
+  }
+  packed(a, b, s, column, end, put, next);
+}
+
+}  // namespace ds
