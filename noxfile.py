@@ -142,6 +142,9 @@ def parity(session: nox.Session) -> None:
     install_peer(session)
     install_wheels(session, "ds-model", "ds-train[plot]")
     session.run("pytest", "-q", "parity", *session.posargs, env=QUIET)
+    if not session.posargs:  # once more on stock operations, where nothing is compiled
+        stock = [f"parity/test_{name}.py" for name in ("forward", "gradients", "plants")]
+        session.run("pytest", "-q", *stock, env={**QUIET, "DS_PRECISION_KERNELS": "off"})
 
 
 @nox.session
