@@ -20,7 +20,7 @@ from bench.guard import guard
 from bench.machine import machine
 from bench.measure import measure
 from bench.process import ROOT
-from bench.publish import publish
+from bench.publish import keep, publish
 from bench.startup import measure_startup
 from bench.systems import System, ours, peer
 from bench.tasks import TASKS
@@ -45,10 +45,10 @@ def main(words: Sequence[str] | None = None) -> int:
     else:
         found = blank("full" if given.full else "short", given.threads, given.rounds)
         compare(given, found)
-    groups = list(GROUPS) if given.full else groups
-    if groups:
-        kept = [point for point in found.growth if point["group"] not in groups]
-        found.growth = kept + measure_growth(str(MODEL), groups)
+    for group in list(GROUPS) if given.full else groups:
+        kept = [point for point in found.growth if point["group"] != group]
+        found.growth = kept + measure_growth(str(MODEL), [group])
+        keep(found, given.out)
     if given.full or given.startup:
         found.startup = measure_startup(str(MODEL))
     publish(found, given.out)
@@ -84,7 +84,8 @@ def compare(given: argparse.Namespace, found: Found) -> None:
         if (given.full or not task.long or given.rows)
         and task.key.startswith(tuple(given.rows.split(",")))
     ]
-    measure(prepare(names, given.environments, found), tasks, given.threads, found)
+    systems = prepare(names, given.environments, found)
+    measure(systems, tasks, given.threads, found, lambda: keep(found, given.out))
 
 
 def prepare(names: Sequence[str], environments: Path, found: Found) -> list[System]:

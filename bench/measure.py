@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,8 +18,14 @@ from bench.systems import System
 from bench.tasks import PRECISIONS, Precision, Task
 
 
-def measure(systems: Sequence[System], tasks: Sequence[Task], threads: int, found: Found) -> None:
-    """Do all tasks with all systems, precision by precision, and add what is found."""
+def measure(
+    systems: Sequence[System],
+    tasks: Sequence[Task],
+    threads: int,
+    found: Found,
+    keep: Callable[[], None] = lambda: None,
+) -> None:
+    """Do all tasks with all systems, precision by precision; add what is found, and keep it."""
     reference: Reference | None = None
     for precision in PRECISIONS:
         todo = [task for task in tasks if task.precision == precision]
@@ -34,6 +40,7 @@ def measure(systems: Sequence[System], tasks: Sequence[Task], threads: int, foun
             found.limits = combine([found.limits, *_limits(workers)])
             for task in todo:
                 found.rows.append(time_row(workers, task, found.rounds))
+                keep()
             found.limits = combine([found.limits, *_limits(workers)])  # once may be a bad moment
 
 

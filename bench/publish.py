@@ -17,16 +17,22 @@ NOTES = ROOT / "bench" / "notes.md"
 
 def publish(found: Found, out: Path) -> None:
     """Write benchmarks.md and assets/benchmarks* under a folder, and print the page."""
+    keep(found, out)
     assets = out / "assets"
-    assets.mkdir(parents=True, exist_ok=True)
-    data = found.model_dump_json(indent=1) + "\n"
-    (assets / "benchmarks.json").write_text(data, encoding="utf-8")
     config = ModelConfig.preset(PRESET)
     good = [point for point in found.growth if "failed" not in point]
     write_plots(good, decode_limits(found, config), assets)
     text = page(found, config, read_notes(NOTES))
     (out / "benchmarks.md").write_text(text, encoding="utf-8")
     print(text)
+
+
+def keep(found: Found, out: Path) -> None:
+    """Write the data alone, from which `--render` makes the page; nothing measured is lost."""
+    assets = out / "assets"
+    assets.mkdir(parents=True, exist_ok=True)
+    data = found.model_dump_json(indent=1) + "\n"
+    (assets / "benchmarks.json").write_text(data, encoding="utf-8")
 
 
 def decode_limits(found: Found, config: ModelConfig) -> dict[int, dict[str, float]]:

@@ -25,6 +25,7 @@ struct Attention {
   int64_t batch, queries, keys, heads, nope, rope, value;
 
   int64_t wide() const { return nope + rope; }
+  bool tiled() const { return type == Type::kBfloat16 && has_matrix_unit(); }
   int64_t place(int64_t b, int64_t s) const { return (one_row ? 0 : b) * queries + s; }
   View key_rows(int64_t b, int64_t h) const { return rows(kv, b, h, keys, nope + value, 0); }
   View value_rows(int64_t b, int64_t h) const { return rows(kv, b, h, keys, nope + value, nope); }
@@ -36,49 +37,79 @@ struct Attention {
   }
 };
 
-constexpr int64_t kQueryBlock = 10 * kTileRows;
+constexpr int64_t kQueryBlock = 140;  // a multiple of the rows of a tile, almost or quite
 constexpr int64_t kKeyBlock = 256;
 constexpr int64_t kMostRope = 512;
 
-// Packs columns [0, columns) of `rows` rows of `from` into panels `[rows, 32]`, one after another.
-void pack(const View& from, int64_t rows, int64_t columns, float* to) {
-  for (int64_t c = 0; c < columns; c += kPanel, to += rows * kPanel) {
-    copy_panel(from, Shape{0, rows, 0}, c, columns - c, to);
-  }
-}
-
 int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
 
-// Calls `put(row, column, first, second, count)` with the product of `rows` rows and `count` panels
-// `[inner, 32]`, which lie `step` numbers apart.
-template <class Put>
-void multiply(const Left& a, int64_t rows, const float* panels, int64_t step, int64_t count,
-              int64_t inner, Put put) {
-  const auto calls = tiles<Put>(std::make_index_sequence<kTileRows>());
-  const Shape shape{rows, inner, 0};
-  for (int64_t row = 0; row < rows; row += kTileRows) {
-    const int64_t high = std::min<int64_t>(kTileRows, rows - row);
-    for (int64_t p = 0; p < count; p++) {
-      calls[high - 1](a, panels + p * step, shape, row, p * kPanel, (p + 1) * kPanel,
-                      {reinterpret_cast<const char*>(panels), 0}, put);
+// The right side of products, packed once for many: panels of 32 columns, as float32 or as the
+// matrix unit's tiles.
+class Packed {
+ public:
+  static int64_t size(int64_t inner, int64_t columns) {  // in float32, whichever way
+    return panels_of(columns) * tiles_of(inner) * kTileInner * kPanel;
+  }
+
+  Packed(float* space, int64_t inner, bool tiled) : data_(space), inner_(inner), tiled_(tiled) {}
+
+  void pack(const View& from, int64_t columns) const {
+    const Shape shape{0, inner_, 0};
+    if (tiled_) return pack_right(from, shape, 0, columns, reinterpret_cast<uint16_t*>(data_));
+    for (int64_t c = 0; c < columns; c += kPanel) {
+      copy_panel(from, shape, c, columns - c, data_ + c / kPanel * step());
     }
   }
-}
 
-// A matrix of whole vectors in float32, with the pointers to its rows that products want.
+  // Calls `put` with `rows` rows of `a` times `panels` panels from `panel` on, over `count` numbers
+  // of the inner size from `first` on, a multiple of 32.
+  void multiply(View a, int64_t rows, int64_t panel, int64_t panels, int64_t first, int64_t count,
+                const Put& put) const {
+    const float* from = data_ + panel * step() + first * (tiled_ ? kPanel / 2 : kPanel);
+    if (tiled_) {
+      a.type = Type::kRounded;
+      const LeftTiles left(a, 0, rows, count);
+      for (int64_t p = 0; p < panels; p++) {
+        left.multiply(reinterpret_cast<const uint16_t*>(from + p * step()),
+                      {p * kPanel, (p + 1) * kPanel, 0}, put);
+      }
+      return;
+    }
+    const auto calls = tiles(std::make_index_sequence<kTileRows>());
+    const Left left = left_side(a, 0, rows, count);
+    for (int64_t row = 0; row < rows; row += kTileRows) {
+      const int64_t high = std::min<int64_t>(kTileRows, rows - row);
+      for (int64_t p = 0; p < panels; p++) {
+        calls[high - 1](left, from + p * step(), Shape{rows, count, 0}, row, p * kPanel,
+                        (p + 1) * kPanel, {reinterpret_cast<const char*>(from), 0}, put);
+      }
+    }
+  }
+
+ private:
+  int64_t step() const {  // from one panel to the next
+    return tiled_ ? tiles_of(inner_) * kTile : inner_ * kPanel;
+  }
+
+  float* data_;
+  int64_t inner_;
+  bool tiled_;
+};
+
+// A matrix of whole vectors in float32.
 struct Rows {
   float* data;
   int64_t step;
-  std::vector<const float*> starts;
 
-  Rows(float* data, int64_t rows, int64_t columns)
-      : data(data), step((columns + kPanel - 1) / kPanel * kPanel), starts(rows) {
-    for (int64_t r = 0; r < rows; r++) starts[r] = row(r);
-  }
+  Rows(float* data, int64_t columns) : data(data), step(panels_of(columns) * kPanel) {}
   static int64_t size(int64_t rows, int64_t columns) { return rows * panels_of(columns) * kPanel; }
   float* row(int64_t r) const { return data + r * step; }
   Vec& at(int64_t r, int64_t column) const { return *reinterpret_cast<Vec*>(row(r) + column); }
-  Left left() const { return {starts.data()}; }
+  View view(bool transposed = false) const {
+    View found = floats(data, step);
+    found.transposed = transposed;
+    return found;
+  }
 };
 
 // Turns the last R numbers of a query, first members of pairs before second ones (see rope.py); or
@@ -116,21 +147,36 @@ void narrow(Type type, const float* from, int64_t columns, char* to) {
   }
 }
 
-// One head of one row of the batch: its keys and values, packed, and blocks of its queries.
+// What a product does with its sums: writes them to `to`, or adds them to rows from `first` on.
+auto into(const Rows& to) {
+  return [to](int64_t r, int64_t column, Vec low, Vec high, int64_t) {
+    to.at(r, column) = low;
+    to.at(r, column + kLanes) = high;
+  };
+}
+
+auto adding(const Rows& to, int64_t first = 0) {
+  return [to, first](int64_t r, int64_t column, Vec low, Vec high, int64_t) {
+    to.at(first + r, column) += low;
+    to.at(first + r, column + kLanes) += high;
+  };
+}
+
+// One head of one row of the batch: its keys, as they are and packed, and blocks of its queries.
 class Head {
  public:
   Head(const Attention& a, int64_t b, int64_t h, float* space)
-      : a_(a), b_(b), h_(h), key_panels_(space) {
-    // Keys side by side: [Q, 32] for every 32 keys. The two parts come from two places.
-    View nope = a.key_rows(b, h), rope = a.rope_rows(b);
-    nope.transposed = rope.transposed = true;
-    for (int64_t k = 0; k < a.keys; k += kPanel) {
-      float* panel = key_panels_ + k * a.wide();
-      copy_panel(at_key(nope, k), Shape{0, a.nope, 0}, 0, a.keys - k, panel);
-      copy_panel(at_key(rope, k), Shape{0, a.rope, 0}, 0, a.keys - k, panel + a.nope * kPanel);
+      : a_(a), b_(b), h_(h), keys_(space, a.wide()), panels_(space + keys_size(a), a.wide(), a.tiled()) {
+    for (int64_t k = 0; k < a.keys; k++) {  // the two parts come from two places
+      widen(a.key_rows(b, h), k, a.nope, keys_.row(k));
+      widen(a.rope_rows(b), k, a.rope, keys_.row(k) + a.nope);
     }
+    panels_.pack(keys_.view(true), a.keys);
   }
-  static int64_t key_size(const Attention& a) { return panels_of(a.keys) * kPanel * a.wide(); }
+  static int64_t size(const Attention& a) {
+    return keys_size(a) + Packed::size(a.wide(), a.keys);
+  }
+  const Rows& keys() const { return keys_; }
 
   // Brings queries [first, first + count) in, rotated and scaled.
   void take_queries(int64_t first, int64_t count, const Rows& q) const {
@@ -152,11 +198,7 @@ class Head {
   // Scores of a block of queries against keys [key, key + count); -1e30 where a key is not seen.
   void score(const Rows& q, int64_t first, int64_t rows, int64_t key, int64_t count,
              const Rows& scores) const {
-    multiply(q.left(), rows, key_panels_ + key * a_.wide(), a_.wide() * kPanel, panels_of(count),
-             a_.wide(), [&](int64_t r, int64_t column, Vec low, Vec high, int64_t) {
-               scores.at(r, column) = low;
-               scores.at(r, column + kLanes) = high;
-             });
+    panels_.multiply(q.view(), rows, key / kPanel, panels_of(count), 0, a_.wide(), into(scores));
     for (int64_t r = 0; r < rows; r++) {
       const int64_t own = a_.slots[a_.place(b_, first + r)] + 1 - key;
       const int64_t width = panels_of(count) * kPanel;
@@ -174,31 +216,41 @@ class Head {
   static constexpr float kForbidden = -1e30f;
 
  private:
-  View at_key(View view, int64_t key) const {
-    view.data += key * view.stride * size_of(view.type);
-    return view;
+  static int64_t keys_size(const Attention& a) {  // `widen` writes whole vectors past the last
+    return Rows::size(a.keys, a.wide()) + kLanes;
   }
 
   const Attention& a_;
   int64_t b_, h_;
-  float* key_panels_;
+  Rows keys_;
+  Packed panels_;
+};
+
+// Hands out parts of a buffer.
+class Space {
+ public:
+  explicit Space(float* data) : data_(data) {}
+  float* take(int64_t size) { return std::exchange(data_, data_ + size); }
+  Rows rows(int64_t rows, int64_t columns) { return {take(Rows::size(rows, columns)), columns}; }
+
+ private:
+  float* data_;
 };
 
 // y [B, S, H, V] and, for the backward pass, `sums [B, H, S]`: the logarithm of each softmax's sum.
 void attend(const Attention& a, char* y, float* sums) {
   Threads::shared().run(a.batch * a.heads, [&](int64_t task) {
     const int64_t b = task / a.heads, h = task % a.heads;
-    const int64_t keys = panels_of(a.keys) * kPanel;
-    const int64_t q_size = Rows::size(kQueryBlock, a.wide());
-    const int64_t s_size = Rows::size(kQueryBlock, kKeyBlock);
-    float* space = scratch(2, Head::key_size(a) + keys * panels_of(a.value) * kPanel + q_size +
-                                  s_size + Rows::size(kQueryBlock, a.value));
-    const Head head(a, b, h, space);
-    float* values = space + Head::key_size(a);
-    pack(a.value_rows(b, h), a.keys, a.value, values);
-    const Rows q(values + keys * panels_of(a.value) * kPanel, kQueryBlock, a.wide());
-    const Rows scores(q.data + q_size, kQueryBlock, kKeyBlock);
-    const Rows out(scores.data + s_size, kQueryBlock, a.value);
+    Space space(scratch(2, Head::size(a) + Packed::size(a.keys, a.value) +
+                               Rows::size(kQueryBlock, a.wide()) +
+                               Rows::size(kQueryBlock, kKeyBlock) +
+                               Rows::size(kQueryBlock, a.value)));
+    const Head head(a, b, h, space.take(Head::size(a)));
+    const Packed values(space.take(Packed::size(a.keys, a.value)), a.keys, a.tiled());
+    values.pack(a.value_rows(b, h), a.value);
+    const Rows q = space.rows(kQueryBlock, a.wide());
+    const Rows scores = space.rows(kQueryBlock, kKeyBlock);
+    const Rows out = space.rows(kQueryBlock, a.value);
     float largest[kQueryBlock], total[kQueryBlock];
     for (int64_t first = 0; first < a.queries; first += kQueryBlock) {
       const int64_t rows = std::min(kQueryBlock, a.queries - first), seen = head.seen(first, rows);
@@ -231,11 +283,7 @@ void attend(const Attention& a, char* y, float* sums) {
           if (shrink == 1.f) continue;
           for (int64_t c = 0; c < a.value; c += kLanes) out.at(r, c) *= shrink;
         }
-        multiply(scores.left(), rows, values + key * kPanel, a.keys * kPanel, panels_of(a.value),
-                 count, [&](int64_t r, int64_t column, Vec low, Vec high, int64_t) {
-                   out.at(r, column) += low;
-                   out.at(r, column + kLanes) += high;
-                 });
+        values.multiply(scores.view(), rows, 0, panels_of(a.value), key, count, adding(out));
       }
       for (int64_t r = 0; r < rows; r++) {
         const float share = total[r] > 0 ? 1 / total[r] : 0;  // a padded query sees nothing
@@ -250,55 +298,35 @@ void attend(const Attention& a, char* y, float* sums) {
   });
 }
 
-// Adds the product to `to`, whose rows are `step` apart.
-auto adding(float* to, int64_t step) {
-  return [=](int64_t r, int64_t column, Vec low, Vec high, int64_t) {
-    Vec* at = reinterpret_cast<Vec*>(to + r * step + column);
-    at[0] += low;
-    at[1] += high;
-  };
-}
-
 // The gradients of `attend`: dq [B, S, H, Q] and dkv [B, L, H, N + V] in the tensors' type,
 // dk_rope [B, H, L, R] float32, one for each head. Weights are computed again, block by block.
 void attend_backward(const Attention& a, const char* y, const float* sums, const char* dy, char* dq,
                      char* dkv, float* dk_rope) {
   Threads::shared().run(a.batch * a.heads, [&](int64_t task) {
     const int64_t b = task / a.heads, h = task % a.heads;
-    const int64_t keys = panels_of(a.keys) * kPanel;
-    const int64_t q_size = Rows::size(kQueryBlock, a.wide());
-    const int64_t v_size = Rows::size(kQueryBlock, a.value);
-    const int64_t s_size = Rows::size(kQueryBlock, kKeyBlock);
-    float* space = scratch(2, Head::key_size(a) + keys * a.value +
-                                  keys * panels_of(a.wide()) * kPanel + 3 * q_size + 2 * v_size +
-                                  2 * s_size + Rows::size(a.keys, a.wide()) +
-                                  Rows::size(a.keys, a.value));
-    auto take = [&](int64_t size) { return std::exchange(space, space + size); };
-    const Head head(a, b, h, take(Head::key_size(a)));
+    Space space(scratch(2, Head::size(a) + Packed::size(a.value, a.keys) +
+                               Packed::size(a.keys, a.wide()) +
+                               2 * Rows::size(kQueryBlock, a.wide()) +
+                               Packed::size(kQueryBlock, a.wide()) +
+                               Rows::size(kQueryBlock, a.value) +
+                               Packed::size(kQueryBlock, a.value) +
+                               2 * Rows::size(kQueryBlock, kKeyBlock) +
+                               Rows::size(a.keys, a.wide()) + Rows::size(a.keys, a.value)));
+    const Head head(a, b, h, space.take(Head::size(a)));
     // For dP = dy V^T: values side by side. For dq = dS K: keys as they are.
-    float* value_panels = take(keys * a.value);
-    View values = a.value_rows(b, h);
-    values.transposed = true;
-    for (int64_t k = 0; k < a.keys; k += kPanel) {
-      View at = values;
-      at.data += k * values.stride * size_of(values.type);
-      copy_panel(at, Shape{0, a.value, 0}, 0, a.keys - k, value_panels + k * a.value);
-    }
-    float* key_rows = take(keys * panels_of(a.wide()) * kPanel);
-    std::unique_ptr<float[]> whole(new float[a.keys * a.wide() + kLanes]);
-    for (int64_t k = 0; k < a.keys; k++) {
-      widen(a.key_rows(b, h), k, a.nope, &whole[k * a.wide()]);
-      widen(a.rope_rows(b), k, a.rope, &whole[k * a.wide() + a.nope]);
-    }
-    pack(floats(whole.get(), a.wide()), a.keys, a.wide(), key_rows);
+    const Packed values(space.take(Packed::size(a.value, a.keys)), a.value, a.tiled());
+    View value_rows = a.value_rows(b, h);
+    value_rows.transposed = true;
+    values.pack(value_rows, a.keys);
+    const Packed keys(space.take(Packed::size(a.keys, a.wide())), a.keys, a.tiled());
+    keys.pack(head.keys().view(), a.wide());
 
-    const Rows q(take(q_size), kQueryBlock, a.wide()), dq_rows(take(q_size), kQueryBlock, a.wide());
-    float* q_panels = take(q_size);
-    const Rows above(take(v_size), kQueryBlock, a.value);
-    float* above_panels = take(v_size);
-    const Rows p(take(s_size), kQueryBlock, kKeyBlock), dp(take(s_size), kQueryBlock, kKeyBlock);
-    const Rows dk(take(Rows::size(a.keys, a.wide())), 0, a.wide());
-    const Rows dv(take(Rows::size(a.keys, a.value)), 0, a.value);
+    const Rows q = space.rows(kQueryBlock, a.wide()), dq_rows = space.rows(kQueryBlock, a.wide());
+    float* q_space = space.take(Packed::size(kQueryBlock, a.wide()));
+    const Rows above = space.rows(kQueryBlock, a.value);
+    float* above_space = space.take(Packed::size(kQueryBlock, a.value));
+    const Rows p = space.rows(kQueryBlock, kKeyBlock), dp = space.rows(kQueryBlock, kKeyBlock);
+    const Rows dk = space.rows(a.keys, a.wide()), dv = space.rows(a.keys, a.value);
     std::memset(dk.data, 0, Rows::size(a.keys, a.wide()) * 4);
     std::memset(dv.data, 0, Rows::size(a.keys, a.value) * 4);
     const View dy_rows = a.rows(dy, b, h, a.queries, a.value, 0);
@@ -317,18 +345,14 @@ void attend_backward(const Attention& a, const char* y, const float* sums, const
         }
         inner[r] = sum(dot);
       }
-      pack(floats(q.data, q.step), rows, a.wide(), q_panels);
-      pack(floats(above.data, above.step), rows, a.value, above_panels);
+      const Packed q_panels(q_space, rows, a.tiled()), above_panels(above_space, rows, a.tiled());
+      q_panels.pack(q.view(), a.wide());
+      above_panels.pack(above.view(), a.value);
       std::memset(dq_rows.data, 0, rows * dq_rows.step * 4);
       for (int64_t key = 0; key < seen; key += kKeyBlock) {
         const int64_t count = std::min(kKeyBlock, seen - key);
         head.score(q, first, rows, key, count, p);
-        multiply(above.left(), rows, value_panels + key * a.value, a.value * kPanel,
-                 panels_of(count), a.value,
-                 [&](int64_t r, int64_t column, Vec low, Vec high, int64_t) {
-                   dp.at(r, column) = low;
-                   dp.at(r, column + kLanes) = high;
-                 });
+        values.multiply(above.view(), rows, key / kPanel, panels_of(count), 0, a.value, into(dp));
         for (int64_t r = 0; r < rows; r++) {
           const float log_sum = sums[(b * a.heads + h) * a.queries + first + r];
           for (int64_t c = 0; c < panels_of(count) * kPanel; c += kLanes) {
@@ -338,16 +362,10 @@ void attend_backward(const Attention& a, const char* y, const float* sums, const
             dp.at(r, c) = weight * (dp.at(r, c) - inner[r]);
           }
         }
-        multiply(dp.left(), rows, key_rows + key * kPanel, a.keys * kPanel, panels_of(a.wide()),
-                 count, adding(dq_rows.data, dq_rows.step));
-        View turned = floats(p.data, p.step);
-        turned.transposed = true;
-        multiply(left_side(turned, 0, count, rows), count, above_panels, rows * kPanel,
-                 panels_of(a.value), rows, adding(dv.row(key), dv.step));
-        turned = floats(dp.data, dp.step);
-        turned.transposed = true;
-        multiply(left_side(turned, 0, count, rows), count, q_panels, rows * kPanel,
-                 panels_of(a.wide()), rows, adding(dk.row(key), dk.step));
+        keys.multiply(dp.view(), rows, 0, panels_of(a.wide()), key, count, adding(dq_rows));
+        above_panels.multiply(p.view(true), count, 0, panels_of(a.value), 0, rows,
+                              adding(dv, key));
+        q_panels.multiply(dp.view(true), count, 0, panels_of(a.wide()), 0, rows, adding(dk, key));
       }
       for (int64_t r = 0; r < rows; r++) {
         for (int64_t c = 0; c < a.wide(); c += kLanes) dq_rows.at(r, c) *= a.scale;

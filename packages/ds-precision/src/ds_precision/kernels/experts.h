@@ -69,7 +69,8 @@ void run_experts(const View& x, int64_t tokens, const Experts& experts, const fl
                  char* y) {
   const int64_t inner = experts.inner, hidden = experts.hidden;
   const int64_t assignments = tokens * per_token;
-  float* middle = scratch(2, assignments * inner);
+  const int64_t size = size_of(x.type);
+  char* middle = reinterpret_cast<char*>(scratch(2, assignments * inner));
   View rows = x;
   rows.index = order;
   rows.share = per_token;
@@ -77,14 +78,13 @@ void run_experts(const View& x, int64_t tokens, const Experts& experts, const fl
           [&](int64_t row, int64_t column, Vec gate, Vec up, int64_t count) {
             const int real = std::min<int64_t>(kLanes, count);
             const Vec value = gate * sigmoid(gate) * up;
-            store(Type::kFloat, reinterpret_cast<char*>(&middle[row * inner + column]), value, real);
+            store(x.type, middle + (row * inner + column) * size, value, real);
             if (!kept) return;
-            const int64_t size = size_of(x.type);
             char* at = kept + (row * 2 * inner + column) * size;
             store(x.type, at, gate, real);
             store(x.type, at + inner * size, up, real);
           });
-  const Groups down = experts.through_down(floats(middle, inner), offsets);
+  const Groups down = experts.through_down(View{middle, x.type, inner}, offsets);
   if (assignments <= kFewAssignments) {
     sum_few(down, tokens, gates, per_token, order, x.type, y);
     return;
@@ -117,8 +117,10 @@ void run_experts_backward(const View& x, int64_t tokens, const Experts& experts,
                           float* dgates, Type weight, char* dup, char* ddown) {
   const int64_t inner = experts.inner, hidden = experts.hidden;
   const int64_t assignments = tokens * per_token;
-  float* middle = scratch(2, assignments * inner);
-  float* wide = scratch(3, assignments * 2 * inner);
+  const int64_t size = size_of(x.type);
+  char* middle = reinterpret_cast<char*>(scratch(2, assignments * inner));
+  char* wide = reinterpret_cast<char*>(scratch(3, assignments * 2 * inner));
+  const View activations{middle, x.type, inner}, slopes{wide, x.type, 2 * inner};
   View rows = x, above = dy;
   rows.index = above.index = order;
   rows.share = above.share = per_token;
@@ -128,33 +130,32 @@ void run_experts_backward(const View& x, int64_t tokens, const Experts& experts,
   std::swap(back.inner, back.columns);
   grouped(back, [&](int64_t row, int64_t column, Vec first, Vec second, int64_t count) {
     each(column, first, second, count, [&](int64_t at, Vec value, int real) {
-      store(Type::kFloat, reinterpret_cast<char*>(&middle[row * inner + at]), value, real);
+      store(x.type, middle + (row * inner + at) * size, value, real);
     });
   });
   // Through SwiGLU: `middle` becomes gate * activation, `wide` the gradient before it.
   shared_rows(assignments, [&](int64_t first, int64_t end) {
-    const int64_t size = size_of(x.type);
     for (int64_t row = first; row < end; row++) {
       const float gate = gates[order[row]];
       Vec dgate{};
       for (int64_t c = 0; c < inner; c += kLanes) {
         const int real = std::min<int64_t>(kLanes, inner - c);
         const char* at = kept + (row * 2 * inner + c) * size;
-        char* mid = reinterpret_cast<char*>(&middle[row * inner + c]);
-        char* out = reinterpret_cast<char*>(&wide[row * 2 * inner + c]);
+        char* mid = middle + (row * inner + c) * size;
+        char* out = wide + (row * 2 * inner + c) * size;
         const Vec g = load(x.type, at, real), u = load(x.type, at + inner * size, real);
-        const Vec above = load(Type::kFloat, mid, real), s = sigmoid(g), act = g * s;
+        const Vec above = load(x.type, mid, real), s = sigmoid(g), act = g * s;
         dgate += act * u * above;
         const Vec scaled = gate * above;
-        store(Type::kFloat, out, scaled * u * (s + act * (1.f - s)), real);
-        store(Type::kFloat, out + inner * 4, scaled * act, real);
-        store(Type::kFloat, mid, gate * act * u, real);
+        store(x.type, out, scaled * u * (s + act * (1.f - s)), real);
+        store(x.type, out + inner * size, scaled * act, real);
+        store(x.type, mid, gate * act * u, real);
       }
       dgates[order[row]] = sum(dgate);
     }
   });
   std::memset(dx, 0, tokens * hidden * 4);
-  Groups down = experts.through_up(floats(wide, 2 * inner), offsets);  // [A, 2I] W_up^T
+  Groups down = experts.through_up(slopes, offsets);  // [A, 2I] W_up^T
   down.b.transposed = true;
   down.inner = 2 * inner;
   down.columns = hidden;
@@ -166,9 +167,9 @@ void run_experts_backward(const View& x, int64_t tokens, const Experts& experts,
       store(Type::kFloat, p, load(Type::kFloat, p, real) + value, real);
     });
   });
-  grouped_outer(rows, floats(wide, 2 * inner), hidden, 2 * inner, experts.count, offsets,
+  grouped_outer(rows, slopes, hidden, 2 * inner, experts.count, offsets,
                 weight, dup);
-  grouped_outer(floats(middle, inner), above, inner, hidden, experts.count, offsets, weight,
+  grouped_outer(activations, above, inner, hidden, experts.count, offsets, weight,
                 ddown);
 }
 

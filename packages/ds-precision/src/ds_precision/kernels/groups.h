@@ -5,7 +5,7 @@
 
 #pragma once
 
-#include "tiles.h"
+#include "amx.h"
 
 namespace ds {
 
@@ -47,7 +47,6 @@ int64_t column_share(const Groups& g) {
 }
 
 // Any order: `put` gets rows of the whole `a`, and no two tasks the same numbers.
-template <class Put>
 void grouped(const Groups& g, const Put& put) {
   struct Task { int64_t group, row, rows, column; };
   std::vector<Task> tasks;
@@ -63,35 +62,29 @@ void grouped(const Groups& g, const Put& put) {
   }
   Threads::shared().run(tasks.size(), [&](int64_t i) {
     const Task& t = tasks[i];
-    auto place = [&](int64_t row, int64_t column, Vec first, Vec second, int64_t count) {
-      put(t.row + row, column, first, second, count);
-    };
-    const Left a = left_side(g.a, t.row, t.rows, g.inner);
-    const Shape s{t.rows, g.inner, g.pair};
+    const Shape s{t.rows, g.inner, g.pair, t.row};
     // What this thread will most likely do after this.
     const int64_t later = std::min<int64_t>(tasks.size() - 1, i + Threads::shared().count());
     const View next = g.group(tasks[later].group);
-    product(a, g.group(t.group), s, t.column, std::min(g.columns, t.column + share), place, &next);
+    product(g.a, t.row, g.group(t.group), s, t.column, std::min(g.columns, t.column + share), put,
+            &next);
   });
 }
 
 // Group by group within a share of the columns, so that `put` may add to what other groups wrote.
-template <class Put>
 void grouped_in_order(const Groups& g, const Put& put) {
-  const int64_t parts = 2 * Threads::shared().count();
+  // A left side is packed into tiles once for each part, so the fewer the better.
+  const bool tiled = for_matrix_unit(g.a, g.b, g.offsets[g.count]);
+  const int64_t parts = (tiled ? 1 : 2) * Threads::shared().count();
   const int64_t share = std::max<int64_t>(1, (g.columns / parts + kPanel - 1) / kPanel) * kPanel;
   Threads::shared().run((g.columns + share - 1) / share, [&](int64_t i) {
     for (int64_t e = 0; e < g.count; e++) {
       const int64_t block = block_of(g.offsets[e + 1] - g.offsets[e]);
       for (int64_t row = g.offsets[e]; row < g.offsets[e + 1]; row += block) {
         const int64_t rows = std::min<int64_t>(block, g.offsets[e + 1] - row);
-        auto place = [&](int64_t r, int64_t column, Vec first, Vec second, int64_t count) {
-          put(row + r, column, first, second, count);
-        };
-        const Left a = left_side(g.a, row, rows, g.inner);
         const View next = g.group(std::min(e + 1, g.count - 1));
-        product(a, g.group(e), Shape{rows, g.inner, g.pair}, i * share,
-                std::min(g.columns, (i + 1) * share), place, &next);
+        product(g.a, row, g.group(e), Shape{rows, g.inner, g.pair, row}, i * share,
+                std::min(g.columns, (i + 1) * share), put, &next);
       }
     }
   });
@@ -109,7 +102,8 @@ inline void each(int64_t column, Vec first, Vec second, int64_t count, const Vis
 // One matrix `[E, M, N]` for each group of rows: a_e^T b_e, where a_e is `[rows, M]`.
 void grouped_outer(const View& a, const View& b, int64_t m, int64_t n, int64_t count,
                    const int32_t* offsets, Type type, char* out) {
-  const int64_t share = 8 * kPanel, block = block_of(m);
+  const bool tiled = for_matrix_unit(a, b, m), few = count < 3 * Threads::shared().count();
+  const int64_t share = tiled && !few ? n : 8 * kPanel, block = block_of(m);
   const int64_t across = (n + share - 1) / share, down = (m + block - 1) / block;
   Threads::shared().run(count * across * down, [&](int64_t i) {
     const int64_t e = i / (across * down), column = i % across * share;
@@ -121,11 +115,10 @@ void grouped_outer(const View& a, const View& b, int64_t m, int64_t n, int64_t c
     left.transposed = true;
     auto put = [&](int64_t r, int64_t c, Vec v0, Vec v1, int64_t wide) {
       each(c, v0, v1, wide, [&](int64_t at, Vec value, int real) {
-        store(type, out + ((e * m + row + r) * n + at) * size_of(type), value, real);
+        store(type, out + ((e * m + r) * n + at) * size_of(type), value, real);
       });
     };
-    const Left side = left_side(left, row, rows, inner);
-    packed(side, right, Shape{rows, inner, 0}, column, std::min(n, column + share), put);
+    product(left, row, right, Shape{rows, inner, 0, row}, column, std::min(n, column + share), put);
   });
 }
 

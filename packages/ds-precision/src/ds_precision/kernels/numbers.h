@@ -2,8 +2,13 @@
 
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+
+#ifdef __AVX512BW__
+#include <immintrin.h>
+#endif
 
 namespace ds {
 
@@ -43,6 +48,24 @@ inline auto nearest_bfloat16(Vec value) {
   return (near & ~nan) | (nan & 0x7fc00000);
 }
 
+// Compilers take these apart where the processor has one instruction for them.
+#ifdef __AVX512BW__
+inline BitVec widened(const Loose16& from) {
+  return (BitVec)_mm512_cvtepu16_epi32((__m256i)from);
+}
+inline IntVec widened(const Loose8& from) { return (IntVec)_mm512_cvtepi8_epi32((__m128i)from); }
+#else
+inline BitVec widened(const Loose16& from) { return __builtin_convertvector(from, BitVec); }
+inline IntVec widened(const Loose8& from) { return __builtin_convertvector(from, IntVec); }
+#endif
+#ifdef __AVX512BF16__
+inline Loose16 narrowed(Vec value) { return (Loose16)_mm512_cvtneps_pbh((__m512)value); }
+#else
+inline Loose16 narrowed(Vec value) {
+  return __builtin_convertvector(nearest_bfloat16(value) >> 16, Loose16);
+}
+#endif
+
 template <Type type>
 inline Vec load(const char* from) {
   if constexpr (type == Type::kFloat) return *reinterpret_cast<const LooseVec*>(from);
@@ -50,11 +73,10 @@ inline Vec load(const char* from) {
     return (Vec)nearest_bfloat16(*reinterpret_cast<const LooseVec*>(from));
   }
   if constexpr (type == Type::kBfloat16) {
-    return (Vec)(__builtin_convertvector(*reinterpret_cast<const Loose16*>(from), BitVec) << 16);
+    return (Vec)(widened(*reinterpret_cast<const Loose16*>(from)) << 16);
   }
   if constexpr (type == Type::kInt8) {
-    return __builtin_convertvector(
-        __builtin_convertvector(*reinterpret_cast<const Loose8*>(from), IntVec), Vec);
+    return __builtin_convertvector(widened(*reinterpret_cast<const Loose8*>(from)), Vec);
   }
 }
 
@@ -78,8 +100,9 @@ inline void store(Type type, char* to, Vec value, int count = kLanes) {
     if (count == kLanes) *reinterpret_cast<LooseVec*>(to) = value;
     else std::memcpy(to, &value, count * 4);
   } else {
-    const Loose16 small = __builtin_convertvector(nearest_bfloat16(value) >> 16, Loose16);
-    std::memcpy(to, &small, count * 2);
+    const Loose16 small = narrowed(value);
+    if (count == kLanes) *reinterpret_cast<Loose16*>(to) = small;
+    else std::memcpy(to, &small, count * 2);
   }
 }
 

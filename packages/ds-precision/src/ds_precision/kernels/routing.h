@@ -5,6 +5,9 @@
 
 #pragma once
 
+#include <cmath>
+#include <vector>
+
 #include "numbers.h"
 #include "threads.h"
 

@@ -49,7 +49,8 @@ class Threads {
     }
     take();
     open_ = false;
-    while (active_) pause();
+    // A worker still at it may have lost its processor to another process: don't hold ours.
+    for (int spin = 0; active_; spin++) spin < kSpins ? pause() : std::this_thread::yield();
   }
 
  private:

@@ -96,7 +96,6 @@ View floats(const float* data, int64_t stride) {
   return {reinterpret_cast<const char*>(data), Type::kFloat, stride};
 }
 
-
 // The left side of a product in float32: row by row, wherever each lies; or packed by tiles, each
 // `[inner, 16]` with its rows side by side.
 struct Left {
@@ -167,49 +166,6 @@ __attribute__((always_inline)) inline void tile(const Left& a, int64_t row, cons
   }
 }
 
-// Rows x (2 * width * 16) sums from weights where they lie: `width` vectors at each of two places.
-template <int rows, int width, Type type>
-__attribute__((always_inline)) inline void thin(
-    const Left& a, const View& b, int64_t inner, int64_t c0, int64_t c1,
-    Vec (&sums)[rows][2 * width]) {
-#pragma GCC unroll 8
-  for (int i = 0; i < rows; i++) {
-#pragma GCC unroll 16
-    for (int v = 0; v < 2 * width; v++) sums[i][v] = Vec{};
-  }
-  const int64_t step = b.stride * size_of(type);
-  const char* p0 = b.at(0, c0);
-  const char* p1 = b.at(0, c1);
-  Vec scale[2 * width] = {};
-  for (int64_t k = 0; k < inner; k++, p0 += step, p1 += step) {
-    if (rows <= 2) {  // so few sums that reading is all there is
-      for (int64_t ahead = 0; ahead < width * kLanes * size_of(type); ahead += 64) {
-        __builtin_prefetch(p0 + 8 * step + ahead);
-        __builtin_prefetch(p1 + 8 * step + ahead);
-      }
-    }
-    if constexpr (type == Type::kInt8) {
-      if (k % kScaleRows == 0) {
-        const float* s = b.scales + k / kScaleRows * b.stride;
-#pragma GCC unroll 16
-        for (int v = 0; v < 2 * width; v++) {
-          const int64_t column = v < width ? c0 + v * kLanes : c1 + (v - width) * kLanes;
-          scale[v] = *reinterpret_cast<const LooseVec*>(s + column);
-        }
-      }
-    }
-#pragma GCC unroll 16
-    for (int v = 0; v < 2 * width; v++) {
-      const char* from = (v < width ? p0 + v * kLanes * size_of(type)
-                                    : p1 + (v - width) * kLanes * size_of(type));
-      Vec value = load<type>(from);
-      if constexpr (type == Type::kInt8) value *= scale[v];
-#pragma GCC unroll 8
-      for (int i = 0; i < rows; i++) sums[i][v] += a.rows[i][k] * value;
-    }
-  }
-}
-
 // What a product does with its sums: `put(row, column, first, second, count)`, where `first` is
 // 16 sums of the columns from `column` on, `second` of those `gap` further on.
 //
@@ -217,24 +173,57 @@ __attribute__((always_inline)) inline void thin(
 // gates and their 16 up projections; `pair` is the distance between the two.
 struct Shape {
   int64_t rows, inner, pair;
+  int64_t first = 0;  // what the product's row 0 is called in `put`
   int64_t width() const { return pair ? kLanes : kPanel; }  // columns a tile advances
   int64_t gap() const { return pair ? pair : kLanes; }      // from its first half to its second
 };
 
-template <int rows, class Put>
+// The sums of some rows: row i's are at `first[i * step]` and `second[i * step]`; `count` columns
+// from `column` on are real.
+struct Sums {
+  int64_t row, rows, column, count;
+  const Vec *first, *second;
+  int64_t step;
+};
+
+// A reference to a `put`. Not a template's parameter: every tile would be compiled for each one.
+class Put {
+ public:
+  template <class Function>
+  Put(const Function& function)
+      : function_(&function), call_([](const void* erased, const Sums& s) {
+          const Function& put = *static_cast<const Function*>(erased);
+          for (int64_t i = 0; i < s.rows; i++) {
+            put(s.row + i, s.column, s.first[i * s.step], s.second[i * s.step], s.count);
+          }
+        }) {}
+  void operator()(const Sums& sums) const { call_(function_, sums); }
+
+ private:
+  const void* function_;
+  void (*call_)(const void*, const Sums&);
+};
+
+template <int rows>
 void put_tile(const Left& a, const float* panel, const Shape& s, int64_t row, int64_t column,
-              int64_t end, const Ahead& ahead, Put& put) {
+              int64_t end, const Ahead& ahead, const Put& put) {
   Vec sums[rows][2];
   if (a.packed) tile<rows, true>(a, row, panel, s.inner, ahead, sums);
   else tile<rows, false>(a, row, panel, s.inner, ahead, sums);
-  for (int i = 0; i < rows; i++) put(row + i, column, sums[i][0], sums[i][1], end - column);
+  Vec found[rows][2];  // `sums` stay in registers as long as nobody points to them
+#pragma GCC unroll 14
+  for (int i = 0; i < rows; i++) {
+    found[i][0] = sums[i][0];
+    found[i][1] = sums[i][1];
+  }
+  put({s.first + row, rows, column, end - column, &found[0][0], &found[0][1], 2});
 }
 
-template <class Put, size_t... n>
+template <size_t... n>
 auto tiles(std::index_sequence<n...>) {
   using Call = void (*)(const Left&, const float*, const Shape&, int64_t, int64_t, int64_t,
-                        const Ahead&, Put&);
-  static constexpr Call calls[] = {put_tile<n + 1, Put>...};
+                        const Ahead&, const Put&);
+  static constexpr Call calls[] = {put_tile<n + 1>...};
   return calls;
 }
 
@@ -275,10 +264,9 @@ int64_t panels_together(const Shape& s, int64_t column, int64_t end) {
 
 // Columns [column, end) through packed panels. While some are multiplied the next ones' memory is
 // asked for, at last that of `next`, if there is one.
-template <class Put>
-void packed(const Left& a, const View& b, const Shape& s, int64_t column, int64_t end, Put& put,
-            const View* next = nullptr) {
-  const auto calls = tiles<Put>(std::make_index_sequence<kTileRows>());
+void packed(const Left& a, const View& b, const Shape& s, int64_t column, int64_t end,
+            const Put& put, const View* next = nullptr) {
+  const auto calls = tiles(std::make_index_sequence<kTileRows>());
   float* panels = scratch(1, s.inner * kPanel * kPanels);
   const int64_t begin = column;
   while (column < end) {
@@ -297,7 +285,7 @@ void packed(const Left& a, const View& b, const Shape& s, int64_t column, int64_
       }
     }
     const int64_t after = column + count * s.width();
-    const View* source = b.transposed ? nullptr : after < end ? &b : next;
+    const View* source = b.transposed || b.index ? nullptr : after < end ? &b : next;
     const int64_t from = after < end ? after : begin;
     const int64_t run = count * s.width() * size_of(b.type), runs = s.pair ? 2 : 1;
     int64_t asked = 0;  // bytes of each row
@@ -307,7 +295,7 @@ void packed(const Left& a, const View& b, const Shape& s, int64_t column, int64_
         Ahead ahead{reinterpret_cast<const char*>(panels), 0};
         if (source && asked < runs * run) {
           const char* first = source->at(0, from + asked / run * s.pair) + asked % run;
-          ahead = {first, source->index ? 0 : source->stride * size_of(b.type)};
+          ahead = {first, source->stride * size_of(b.type)};
         }
         calls[high - 1](a, panels + p * s.inner * kPanel, s, row, column + p * s.width(), end,
                         ahead, put);
@@ -317,62 +305,109 @@ void packed(const Left& a, const View& b, const Shape& s, int64_t column, int64_
   }
 }
 
-// As many whole wide tiles as fit into [column, end); returns where they stop.
-template <int rows, int width, Type type, class Put>
-int64_t thin_columns(const Left& a, const View& b, const Shape& s, int64_t column, int64_t end,
-                     Put& put) {
-  const bool plain = s.pair == 0;
-  const int64_t advance = (plain ? 2 : 1) * width * kLanes;
-  for (; column + advance <= end; column += advance) {
-    const int64_t second = plain ? column + width * kLanes : column + s.pair;
-    Vec sums[rows][2 * width];
-    thin<rows, width, type>(a, b, s.inner, column, second, sums);
-    for (int i = 0; i < rows; i++) {
-      for (int v = 0; v < (plain ? 2 * width : width); v += plain ? 2 : 1) {
-        put(i, column + v * kLanes, sums[i][v], sums[i][plain ? v + 1 : v + width], kPanel);
-      }
+// Adds the products of weights where they lie, over numbers [k, k + count) of the inner size, to rows x
+// (2 * width) vectors of `sums`: `width` vectors at each of two places.
+template <int rows, int width, Type type>
+void thin(const Left& a, const View& b, int64_t k, int64_t count, int64_t c0, int64_t c1,
+          const View& next, Vec* sums) {
+  const int64_t step = b.stride * size_of(type);
+  const char *p0 = b.at(k, c0), *p1 = b.at(k, c1);
+  const int64_t n0 = next.at(0, c0) - p0, n1 = next.at(0, c1) - p1;
+  Vec part[rows][2 * width] = {};
+  for (int64_t r = 0; r < count; r++, p0 += step, p1 += step) {
+    for (int64_t ahead = 0; ahead < width * kLanes * size_of(type); ahead += 64) {
+      __builtin_prefetch(p0 + n0 + ahead, 0, 2);
+      __builtin_prefetch(p1 + n1 + ahead, 0, 2);
+    }
+#pragma GCC unroll 16
+    for (int v = 0; v < 2 * width; v++) {
+      const Vec value = load<type>(v < width ? p0 + v * kLanes * size_of(type)
+                                             : p1 + (v - width) * kLanes * size_of(type));
+#pragma GCC unroll 8
+      for (int i = 0; i < rows; i++) part[i][v] += a.rows[i][k + r] * value;
     }
   }
-  return column;
+#pragma GCC unroll 16
+  for (int v = 0; v < 2 * width; v++) {
+    if constexpr (type == Type::kInt8) {
+      const int64_t column = v < width ? c0 + v * kLanes : c1 + (v - width) * kLanes;
+      const Vec scale = *reinterpret_cast<const LooseVec*>(
+          b.scales + k / kScaleRows * b.stride + column);
+#pragma GCC unroll 8
+      for (int i = 0; i < rows; i++) sums[i * 2 * width + v] += part[i][v] * scale;
+    } else {
+#pragma GCC unroll 8
+      for (int i = 0; i < rows; i++) sums[i * 2 * width + v] += part[i][v];
+    }
+  }
 }
 
-template <int rows, Type type, class Put>
+// As many columns of [column, end) as whole tiles take; returns where they stop. Weights are read in
+// the order of memory, 32 rows of all the columns at a time, and the next 32 asked for meanwhile.
+template <int rows, Type type>
 int64_t thin_rows(const Left& a, const View& b, const Shape& s, int64_t column, int64_t end,
-                  Put& put) {
-  constexpr int width = rows == 1 ? 8 : rows <= 3 ? 4 : rows <= 6 ? 2 : 1;
-  constexpr int fits = type == Type::kInt8 && width > 4 ? 4 : width;  // scales take registers
-  column = thin_columns<rows, fits, type>(a, b, s, column, end, put);
-  if constexpr (fits > 2) column = thin_columns<rows, 2, type>(a, b, s, column, end, put);
-  if constexpr (fits > 1) column = thin_columns<rows, 1, type>(a, b, s, column, end, put);
-  return column;
+                  const Put& put, const View* next) {
+  constexpr int width = rows <= 3 ? 4 : rows <= 6 ? 2 : 1;
+  const bool plain = s.pair == 0;
+  const int64_t narrow = plain ? 2 * kLanes : kLanes, wide = width * narrow;
+  const int64_t gap = plain ? kLanes : s.pair;
+  const int64_t turn = column + (end - column) / wide * wide;  // from here on tiles are narrow
+  const int64_t stop = turn + (end - turn) / narrow * narrow;
+  const int64_t vectors = (stop - column) / narrow * 2;  // of each row
+  auto* sums = reinterpret_cast<Vec*>(scratch(1, rows * vectors * kLanes));
+  std::memset(sums, 0, rows * vectors * sizeof(Vec));
+  for (int64_t k = 0; k < s.inner; k += kScaleRows) {
+    const int64_t count = std::min<int64_t>(kScaleRows, s.inner - k);
+    View soon = b;
+    if (k + count < s.inner) soon.data = b.at(k + count, 0);
+    else if (next) soon = *next;
+    Vec* to = sums;
+    for (int64_t c = column; c < turn; c += wide, to += rows * 2 * width) {
+      thin<rows, width, type>(a, b, k, count, c, plain ? c + width * kLanes : c + s.pair, soon, to);
+    }
+    for (int64_t c = turn; c < stop; c += narrow, to += rows * 2) {
+      thin<rows, 1, type>(a, b, k, count, c, c + gap, soon, to);
+    }
+  }
+  const Vec* found = sums;
+  for (int64_t c = column; c < turn; c += wide, found += rows * 2 * width) {
+    for (int v = 0; v < (plain ? 2 * width : width); v += plain ? 2 : 1) {
+      put({s.first, rows, c + v * kLanes, kPanel, found + v, found + (plain ? v + 1 : v + width),
+           2 * width});
+    }
+  }
+  for (int64_t c = turn; c < stop; c += narrow, found += rows * 2) {
+    put({s.first, rows, c, kPanel, found, found + 1, 2});
+  }
+  return stop;
 }
 
-template <class Put, Type type, size_t... n>
+template <Type type, size_t... n>
 auto thin_calls(std::index_sequence<n...>) {
-  using Call = int64_t (*)(const Left&, const View&, const Shape&, int64_t, int64_t, Put&);
-  static constexpr Call calls[] = {thin_rows<n + 1, type, Put>...};
+  using Call = int64_t (*)(const Left&, const View&, const Shape&, int64_t, int64_t, const Put&,
+                           const View*);
+  static constexpr Call calls[] = {thin_rows<n + 1, type>...};
   return calls;
 }
 
 // Columns [column, end) of one product, all rows.
-template <class Put>
-void product(const Left& a, const View& b, const Shape& s, int64_t column, int64_t end, Put& put,
-             const View* next = nullptr) {
+void product(const Left& a, const View& b, const Shape& s, int64_t column, int64_t end,
+             const Put& put, const View* next = nullptr) {
   if (s.rows == 0) return;
   if (s.rows <= kThinRows && !b.transposed && !b.index && !a.packed) {
     constexpr auto rows = std::make_index_sequence<kThinRows>();
     switch (b.type) {
       case Type::kFloat:
-        column = thin_calls<Put, Type::kFloat>(rows)[s.rows - 1](a, b, s, column, end, put);
+        column = thin_calls<Type::kFloat>(rows)[s.rows - 1](a, b, s, column, end, put, next);
         break;
       case Type::kBfloat16:
-        column = thin_calls<Put, Type::kBfloat16>(rows)[s.rows - 1](a, b, s, column, end, put);
+        column = thin_calls<Type::kBfloat16>(rows)[s.rows - 1](a, b, s, column, end, put, next);
         break;
       case Type::kRounded:
-        column = thin_calls<Put, Type::kRounded>(rows)[s.rows - 1](a, b, s, column, end, put);
+        column = thin_calls<Type::kRounded>(rows)[s.rows - 1](a, b, s, column, end, put, next);
         break;
       default:
-        column = thin_calls<Put, Type::kInt8>(rows)[s.rows - 1](a, b, s, column, end, put);
+        column = thin_calls<Type::kInt8>(rows)[s.rows - 1](a, b, s, column, end, put, next);
     }
   }
   packed(a, b, s, column, end, put, next);

@@ -1,0 +1,286 @@
+// Products of bfloat16 on the matrix unit that newer x86 processors have (AMX): one instruction
+// multiplies 16 rows by 16 columns over 32 numbers of the inner size, and sums in float32.
+//
+// Both sides are packed into tiles of a kilobyte, zeros beyond their edges. On the right, two
+// neighbours of the inner size lie side by side, as the instruction wants them.
+
+#pragma once
+
+#include "tiles.h"
+
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#define DS_AMX
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace ds {
+
+constexpr int64_t kTileInner = 32;                  // numbers of the inner size in a tile
+constexpr int64_t kTile = kLanes * kTileInner;      // and in all of it
+constexpr int64_t kRightTiles = 512;                // packed together, to stay in the cache
+
+int64_t tiles_of(int64_t inner) { return (inner + kTileInner - 1) / kTileInner; }
+
+#ifdef DS_AMX
+
+// Linux gives a process the tiles when it asks for them.
+bool has_matrix_unit() {
+  static const bool has = [] {
+    constexpr int kAsk = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
+  }();
+  return has;
+}
+
+// All eight tiles at their full size, for as long as this lives.
+class TilesInUse {
+ public:
+  TilesInUse() {
+    struct { uint8_t palette = 1, start = 0, reserved[14] = {}; uint16_t bytes[16] = {};
+             uint8_t rows[16] = {}; } shape;
+    for (int i = 0; i < 8; i++) {
+      shape.bytes[i] = 64;
+      shape.rows[i] = 16;
+    }
+    _tile_loadconfig(&shape);
+  }
+  ~TilesInUse() { _tile_release(); }
+};
+
+// Row tiles x 2 tiles of sums into `sums [16 * row_tiles, 32]`. `step` numbers lie between the
+// left side's row tiles.
+template <int row_tiles>
+void multiply_tiles(const uint16_t* a, int64_t step, const uint16_t* b, int64_t blocks,
+                    float* sums) {
+  asm volatile("" ::: "memory");  // loading a tile does not tell the compiler that it reads
+  _tile_zero(0);
+  _tile_zero(1);
+  if (row_tiles == 2) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t k = 0; k < blocks; k++) {
+    _tile_loadd(6, b + 2 * k * kTile, 64);
+    _tile_loadd(4, a + k * kTile, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, b + (2 * k + 1) * kTile, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    if (row_tiles == 2) {
+      _tile_loadd(5, a + step + k * kTile, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, sums, 128);
+  _tile_stored(1, sums + kLanes, 128);
+  if (row_tiles == 2) {
+    _tile_stored(2, sums + 2 * kLanes * kLanes, 128);
+    _tile_stored(3, sums + 2 * kLanes * kLanes + kLanes, 128);
+  }
+}
+
+#else
+
+bool has_matrix_unit() { return false; }
+struct TilesInUse {};
+template <int row_tiles>
+void multiply_tiles(const uint16_t*, int64_t, const uint16_t*, int64_t, float*) {}
+
+#endif
+
+bool narrow(Type type) { return type == Type::kBfloat16 || type == Type::kRounded; }
+
+// Whether such a product is one for the matrix unit. Few rows are bound by reading the weights.
+bool for_matrix_unit(const View& a, const View& b, int64_t rows) {
+  return rows > kThinRows && narrow(a.type) && narrow(b.type) && has_matrix_unit();
+}
+
+typedef uint16_t Halves __attribute__((vector_size(64), may_alias));  // 32 of bfloat16
+
+// Two vectors as bfloat16, one after the other.
+inline Halves rounded(Vec low, Vec high) {
+#ifdef DS_AMX
+  return (Halves)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+#else
+  return Halves{};  // never called: nothing is packed for a unit that isn't there
+#endif
+}
+
+// Numbers 0, 16, 1, 17, ... of 32.
+inline Vec paired(Halves numbers) {
+  Halves order;
+  for (int i = 0; i < kLanes; i++) {
+    order[2 * i] = i;
+    order[2 * i + 1] = i + kLanes;
+  }
+  return (Vec)__builtin_shuffle(numbers, order);
+}
+
+// Sixteen stored rows from `row` on, 32 numbers of each from `column` on.
+template <Type type>
+inline void load_pairs(const View& from, int64_t row, int64_t rows, int64_t column, int64_t columns,
+                       Vec (&pairs)[kLanes]) {
+  for (int i = 0; i < kLanes; i++) {
+    pairs[i] = Vec{};
+    if (i >= rows || columns <= 0) continue;
+    const char* at = from.at(row + i, column);
+    if (type == Type::kBfloat16 && columns >= kTileInner) {
+      std::memcpy(&pairs[i], at, 64);
+    } else if (columns >= kTileInner) {
+      pairs[i] = (Vec)rounded(load<Type::kFloat>(at), load<Type::kFloat>(at + kLanes * 4));
+    } else {
+      const Vec low = load(type, at, std::min<int64_t>(columns, kLanes));
+      const Vec high = load(type, at + kLanes * size_of(type),
+                            std::max<int64_t>(0, std::min<int64_t>(columns - kLanes, kLanes)));
+      pairs[i] = (Vec)rounded(low, high);
+    }
+  }
+}
+
+inline void store_tile(const Vec (&rows)[kLanes], uint16_t* to) {
+  for (int i = 0; i < kLanes; i++) *reinterpret_cast<Vec*>(to + i * kTileInner) = rows[i];
+}
+
+// Stored rows [row, row + 32) side by side in pairs, `count` columns from `column` on.
+template <Type type>
+inline void pair_rows(const View& from, int64_t row, int64_t rows, int64_t column, int64_t count,
+                      Vec (&pairs)[kLanes]) {
+  if (rows >= kTileInner && count >= kLanes) {
+    for (int i = 0; i < kLanes; i++) {
+      const char *even = from.at(row + 2 * i, column), *odd = from.at(row + 2 * i + 1, column);
+      if (!from.index) {  // what is wanted after these rows
+        __builtin_prefetch(even + kTileInner * from.stride * size_of(type), 0, 2);
+        __builtin_prefetch(odd + kTileInner * from.stride * size_of(type), 0, 2);
+      }
+      Halves both;
+      if constexpr (type == Type::kBfloat16) {
+        std::memcpy(&both, even, 32);
+        std::memcpy(reinterpret_cast<char*>(&both) + 32, odd, 32);
+      } else {
+        both = rounded(load<Type::kFloat>(even), load<Type::kFloat>(odd));
+      }
+      pairs[i] = paired(both);
+    }
+    return;
+  }
+  for (int i = 0; i < kLanes; i++) {
+    Vec two[2] = {};
+    for (int n = 0; n < 2; n++) {
+      if (2 * i + n >= rows || count <= 0) continue;
+      two[n] = load(type, from.at(row + 2 * i + n, column), std::min<int64_t>(count, kLanes));
+    }
+    pairs[i] = paired(rounded(two[0], two[1]));
+  }
+}
+
+// Tile `k` of a panel of a right side: two times 16 columns from `column` on, of which `left` are real.
+template <Type type>
+void pack_right(const View& b, const Shape& s, int64_t k, int64_t column, int64_t left,
+                uint16_t* to) {
+  for (int half = 0; half < 2; half++) {
+    const int64_t first = column + half * s.gap();
+    const int64_t count = s.pair || half == 0 ? left : left - kLanes;
+    Vec tile[kLanes];
+    if (b.transposed) {
+      load_pairs<type>(b, first, count, k * kTileInner, s.inner - k * kTileInner, tile);
+      transpose(tile);
+    } else {
+      pair_rows<type>(b, k * kTileInner, s.inner - k * kTileInner, first, count, tile);
+    }
+    store_tile(tile, to + half * kTile);
+  }
+}
+
+// Panels `[inner / 32][2][16, 16 pairs]` of columns [column, end), one after another. All of them row
+// by row, so that memory is read in long runs.
+void pack_right(const View& b, const Shape& s, int64_t column, int64_t end, uint16_t* to) {
+  const int64_t blocks = tiles_of(s.inner);
+  for (int64_t k = 0; k < blocks; k++) {
+    uint16_t* at = to + 2 * k * kTile;
+    for (int64_t c = column; c < end; c += s.width(), at += 2 * blocks * kTile) {
+      if (b.type == Type::kBfloat16) pack_right<Type::kBfloat16>(b, s, k, c, end - c, at);
+      else pack_right<Type::kRounded>(b, s, k, c, end - c, at);
+    }
+  }
+}
+
+// Rows [first, first + count) of a left side: `[count / 16][inner / 32][16, 32]`.
+template <Type type>
+void pack_left(const View& a, int64_t first, int64_t count, int64_t inner, uint16_t* to) {
+  for (int64_t row = 0; row < count; row += kLanes) {
+    for (int64_t k = 0; k < inner; k += kTileInner, to += kTile) {
+      Vec tile[kLanes];
+      if (a.transposed) {
+        View stored = a;
+        stored.transposed = false;
+        pair_rows<type>(stored, k, inner - k, first + row, count - row, tile);
+        transpose(tile);
+      } else {
+        load_pairs<type>(a, first + row, count - row, k, inner - k, tile);
+      }
+      store_tile(tile, to);
+    }
+  }
+}
+
+// A packed left side, and the unit in use for as long as this lives.
+class LeftTiles {
+ public:
+  LeftTiles(const View& a, int64_t first, int64_t rows, int64_t inner)
+      : rows_(rows), blocks_(tiles_of(inner)) {
+    auto* to = reinterpret_cast<uint16_t*>(scratch(0, (rows + kLanes - 1) / kLanes * step() / 2));
+    if (a.type == Type::kBfloat16) pack_left<Type::kBfloat16>(a, first, rows, inner, to);
+    else pack_left<Type::kRounded>(a, first, rows, inner, to);
+    packed_ = to;
+  }
+
+  struct Place { int64_t column, end, row; };  // what the product's corner is called in `put`
+
+  // All rows times one panel.
+  void multiply(const uint16_t* panel, const Place& at, const Put& put) const {
+    alignas(64) float sums[2 * kLanes * kPanel];
+    for (int64_t row = 0; row < rows_; row += 2 * kLanes) {
+      const uint16_t* from = packed_ + row / kLanes * step();
+      if (rows_ - row > kLanes) multiply_tiles<2>(from, step(), panel, blocks_, sums);
+      else multiply_tiles<1>(from, step(), panel, blocks_, sums);
+      const auto* found = reinterpret_cast<const Vec*>(sums);
+      put({at.row + row, std::min<int64_t>(2 * kLanes, rows_ - row), at.column, at.end - at.column,
+           found, found + 1, 2});
+    }
+  }
+
+ private:
+  int64_t step() const { return blocks_ * kTile; }  // from one 16 rows to the next
+
+  int64_t rows_, blocks_;
+  const uint16_t* packed_;
+  TilesInUse tiles_;
+};
+
+// Rows [first, first + s.rows) of `a` times columns [column, end) of `b`.
+void product_of_tiles(const View& a, int64_t first, const View& b, const Shape& s, int64_t column,
+                      int64_t end, const Put& put) {
+  const LeftTiles left(a, first, s.rows, s.inner);
+  const int64_t panel = 2 * tiles_of(s.inner) * kTile;
+  const int64_t together = std::max<int64_t>(1, std::min(kPanels, kRightTiles * kTile / panel));
+  auto* right = reinterpret_cast<uint16_t*>(scratch(1, together * panel / 2));
+  while (column < end) {
+    const int64_t stop = std::min(end, column + together * s.width());
+    pack_right(b, s, column, stop, right);
+    for (const uint16_t* at = right; column < stop; column += s.width(), at += panel) {
+      left.multiply(at, {column, end, s.first}, put);
+    }
+  }
+}
+
+// Rows [first, first + s.rows) of `a` times columns [column, end) of `b`, told to `put`. `next` may
+// be a right side that is wanted soon.
+void product(const View& a, int64_t first, const View& b, const Shape& s, int64_t column,
+             int64_t end, const Put& put, const View* next = nullptr) {
+  if (for_matrix_unit(a, b, s.rows)) return product_of_tiles(a, first, b, s, column, end, put);
+  product(left_side(a, first, s.rows, s.inner), b, s, column, end, put, next);
+}
+
+}  // namespace ds
