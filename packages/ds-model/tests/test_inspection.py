@@ -54,7 +54,7 @@ def test_says_what_keeps_a_directory_from_loading(tmp_path):
     small = tensors[name].astype(ml_dtypes.float8_e4m3fn)
     save_file(tensors | {name: small}, tmp_path / SINGLE)
     found = inspect(tmp_path)
-    assert f"{name} has dtype F8_E4M3" in found.problem
+    assert f"{name} is F8_E4M3, and {name}_scale_inv is missing" in found.problem
     assert found.dtypes["F8_E4M3"] == small.size
 
 

@@ -81,6 +81,45 @@ def test_round_trip_error_is_the_stated_one(seed, block):
     assert np.all(error[~normal] <= E4M3.smallest_subnormal / 2 * rounding * scale[~normal])
 
 
+def act_quant_ue8m0(x, block):
+    """``act_quant`` of DeepSeek's inference code with ``scale_fmt="ue8m0"``, in float64."""
+    values = np.zeros(x.shape, E4M3_BYTES)
+    scales = np.ones([-(-x.shape[0] // block[0]), -(-x.shape[1] // block[1])])
+    for p, q in np.ndindex(*scales.shape):
+        here = np.s_[
+            p * block[0] : (p + 1) * block[0],
+            q * block[1] : (q + 1) * block[1],
+        ]
+        amax = np.float32(max(np.abs(x[here]).max(), np.float32(1e-4)))
+        scales[p, q] = 2.0 ** np.ceil(np.log2(np.float64(amax / np.float32(448))))
+        values[here] = np.clip(x[here] / scales[p, q], -448, 448).astype(E4M3_BYTES)
+    return values, scales
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 300),
+    block=st.sampled_from([(128, 128), (1, 128), (2, 3)]),
+    size=st.sampled_from([1e-9, 1e-4, 1.0, 448.0, 1e6]),
+    seed=st.integers(0, 999),
+)
+def test_powers_of_two_equal_deepseeks_kernel(rows, columns, block, size, seed):
+    x = (size * random_matrix(rows, columns, seed)).astype(np.float32)
+    x[0, 0] = np.float32(size)  # 448 times a power of two among them: the scale is exact there
+    values, scales = act_quant_ue8m0(x, block)
+    actual = quantize_blocks(x, block, power_of_two=True)
+    assert np.array_equal(actual.scales.numpy(), scales)
+    assert np.array_equal(actual.values.numpy().view(np.uint8), values.view(np.uint8))
+
+
+def test_powers_of_two_have_a_scale_for_zeros_and_none_for_nan():
+    x = np.zeros([1, 4], np.float32)
+    x[0, 3] = np.nan
+    scaled = quantize_blocks(x, (1, 2), power_of_two=True)
+    assert np.array_equal(scaled.scales.numpy(), [[2.0**-22, np.nan]], equal_nan=True)
+
+
 def test_power_of_two_moves_into_the_scales_alone():
     x = random_matrix(130, 140, seed=3)
     plain, larger = quantize_blocks(x), quantize_blocks(x * 2.0**9)

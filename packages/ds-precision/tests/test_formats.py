@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from ds_precision import E4M3, E5M2, cast
+from ds_precision import E4M3, E5M2, E5M6, cast, from_ue8m0, to_ue8m0
 
 REFERENCE = {"E4M3": ml_dtypes.float8_e4m3fn, "E5M2": ml_dtypes.float8_e5m2}
 formats = pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=lambda f: f.name)
@@ -90,10 +90,70 @@ def test_error_stays_within_what_the_format_states(fmt, x):
     assert np.all(error[~normal] <= fmt.smallest_subnormal / 2)
 
 
-@pytest.mark.parametrize(("fmt", "bound"), [(E4M3, 0.0625), (E5M2, 0.125)])
+@pytest.mark.parametrize(("fmt", "bound"), [(E4M3, 0.0625), (E5M2, 0.125), (E5M6, 2**-7)])
 def test_worst_relative_error_is_nearly_reached(fmt, bound):
     """Just above 1 + half a step the error is the bound over (1 + the bound)."""
     assert fmt.worst_relative_error == bound
     tie = np.float32(1 + bound)
     error = abs(float(tf.cast(cast([tie], fmt), tf.float32)[0]) - tie) / tie
     assert error == pytest.approx(bound / (1 + bound))
+
+
+def e5m6_numbers():
+    """Every finite E5M6 number that is not negative, from its codes: five bits, then six."""
+    codes = np.arange(31 * 64)
+    exponents, mantissas = codes // 64, codes % 64
+    subnormal = exponents == 0
+    return np.where(
+        subnormal, mantissas * 2.0**-20, (64 + mantissas) * 2.0 ** (exponents - 15.0 - 6)
+    )
+
+
+def test_e5m6_attributes_are_those_of_its_codes():
+    numbers = e5m6_numbers()
+    assert E5M6.max == numbers.max()
+    assert E5M6.smallest_subnormal == numbers[1]
+    assert E5M6.smallest_normal == numbers[64]
+    assert E5M6.smallest_normal / E5M6.smallest_subnormal == 2**E5M6.mantissa_bits
+    assert np.array_equal(tf.cast(cast(numbers, E5M6), tf.float64).numpy(), numbers)
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["graph", "xla"])
+def test_e5m6_goes_to_the_nearest_code_ties_to_the_even_one(jit):
+    numbers = e5m6_numbers()
+    ties = (numbers[1:] + numbers[:-1]) / 2
+    drawn = np.exp2(np.random.default_rng(0).uniform(-24, 16, 5000)).clip(0, E5M6.max)
+    x = np.concatenate([ties, np.nextafter(ties, 0), np.nextafter(ties, 1e9), drawn])
+    x = x.astype(np.float32).astype(np.float64)
+    high = np.searchsorted(numbers, x).clip(1, len(numbers) - 1)
+    below, above = numbers[high - 1], numbers[high]
+    up = (above - x < x - below) | ((above - x == x - below) & (high % 2 == 0))
+    expected = np.where(up, above, below)
+    compiled = tf.function(lambda t: cast(t, E5M6), jit_compile=jit)
+    for sign in (1, -1):
+        found = compiled(tf.constant(sign * x, tf.float32)).numpy().astype(np.float64)
+        assert np.array_equal(found, sign * expected)
+
+
+def test_e5m6_saturates():
+    found = cast(np.array([65024.0, 65500.0, 1e9, np.inf, -np.inf, np.nan], np.float32), E5M6)
+    assert found.numpy()[:5].tolist() == [65024.0] * 4 + [-65024.0]
+    assert np.isnan(found.numpy()[5])
+
+
+def test_every_ue8m0_byte_is_what_ml_dtypes_reads():
+    every = np.arange(256, dtype=np.uint8)
+    numbers = every.view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
+    assert np.array_equal(from_ue8m0(every).numpy(), numbers, equal_nan=True)
+    assert np.array_equal(to_ue8m0(numbers).numpy(), every)
+
+
+@given(scale=st.floats(2.0**-126, 2.0**127, width=32))
+def test_ue8m0_rounds_up_to_the_next_power(scale):
+    found = float(from_ue8m0(to_ue8m0(tf.constant(scale))))
+    assert found / 2 < scale <= found
+
+
+def test_ue8m0_has_no_zero_and_no_sign():
+    wrong = np.array([0.0, -0.0, -1.0, np.inf, -np.inf, np.nan, 2.0**127 * 1.5], np.float32)
+    assert (to_ue8m0(wrong).numpy() == 255).all()

@@ -58,6 +58,28 @@ def test_matmul_and_its_gradients(rows, inner, outer, x_type, w_type, seed):
         assert apart(ours_slope, exact_slope) < within(x_type) + within(w_type)
 
 
+@pytest.mark.parametrize(
+    ("rows", "inner", "outer"), [(1, 300, 700), (8, 64, 290), (33, 300, 700), (1100, 40, 33)]
+)
+@pytest.mark.parametrize("w_type", [tf.float32, tf.bfloat16], ids=lambda d: d.name)
+def test_bfloat16_products_of_many_panels_and_blocks(rows, inner, outer, w_type):
+    rng = np.random.default_rng(rows)
+    x, w = normal(rng, rows, inner, dtype=tf.bfloat16), normal(rng, inner, outer, dtype=w_type)
+    slope = normal(rng, rows, outer, dtype=tf.bfloat16)
+    with tf.GradientTape() as tape:
+        tape.watch([x, w])
+        y = matmul(x, w)
+        total = tf.reduce_sum(tf.cast(y * slope, tf.float32))
+    wide, above = tf.cast(x, tf.float32), tf.cast(slope, tf.float32)
+    rounded = tf.cast(tf.cast(w, tf.bfloat16), tf.float32)
+    assert apart(y, wide @ rounded) < within(tf.bfloat16)
+    dx, dw = tape.gradient(total, [x, w])
+    assert apart(dx, above @ tf.transpose(rounded)) < within(tf.bfloat16)
+    # The weight's gradient is float32 for float32 weights: sums of exact products.
+    limit = 3e-6 if w_type == tf.float32 else within(tf.bfloat16)
+    assert apart(dw, tf.transpose(wide) @ above) < limit
+
+
 @pytest.mark.parametrize("rows", [1, 3, 8, 9, 30])
 def test_8_bit_weights_are_multiplied_by_the_scale_of_their_32_rows(rows):
     rng = np.random.default_rng(rows)
@@ -113,6 +135,20 @@ def test_experts_and_their_gradients(tokens, hidden, inner, experts, per_token, 
     for mine, other in zip(found, expected, strict=True):
         # Sums that nearly cancel keep the rounding of what they are made of.
         assert apart(mine, other) < (1e-4 if x_type == tf.float32 else 3e-2)
+
+
+@pytest.mark.parametrize("x_type", [tf.float32, tf.bfloat16], ids=lambda d: d.name)
+def test_an_expert_that_no_token_is_sent_to_gets_a_gradient_of_zeros(x_type):
+    rng = np.random.default_rng(0)
+    x, gates = normal(rng, 20, 40, dtype=x_type), tf.ones([20, 1])
+    indices = tf.fill([20, 1], 1)
+    gate_up, down = normal(rng, 3, 40, 48), normal(rng, 3, 24, 40)
+    with tf.GradientTape() as tape:
+        tape.watch([gate_up, down])
+        total = tf.reduce_sum(tf.cast(fused_experts(x, indices, gates, gate_up, down), tf.float32))
+    for gradient in tape.gradient(total, [gate_up, down]):
+        assert np.abs(gradient.numpy()[1]).max() > 0
+        assert not gradient.numpy()[[0, 2]].any()
 
 
 def test_experts_name_an_index_out_of_range():

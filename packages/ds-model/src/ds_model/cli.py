@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Literal, cast
 
 import typer
 from rich.console import Console
@@ -43,6 +43,7 @@ class StoredDType(StrEnum):
     BFLOAT16 = "bfloat16"
     FLOAT32 = "float32"
     FLOAT16 = "float16"
+    FP8 = "fp8"
 
 
 @app.command("inspect")
@@ -74,12 +75,14 @@ def convert_command(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Write a checkpoint in another dtype or form. DST appears only when it is whole."""
-    wanted = cast("DTypeName | None", dtype and dtype.value)
     with _one_line_errors(), _progress_bar(source.name) as progress:
-        if to is Form.KERAS:
-            to_keras(source, target, wanted)
-        else:
+        if to is Form.HF:
+            wanted = cast("DTypeName | Literal['fp8'] | None", dtype and dtype.value)
             to_hf(source, target, wanted, progress=progress)
+        elif dtype is StoredDType.FP8:
+            raise CheckpointError("--dtype fp8 is the released layout's: leave out --to keras")
+        else:
+            to_keras(source, target, cast("DTypeName | None", dtype and dtype.value))
     if as_json:
         typer.echo(json.dumps({"source": str(source), "target": str(target), "form": to.value}))
     else:

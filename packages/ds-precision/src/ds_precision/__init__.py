@@ -1,7 +1,7 @@
 """Number formats and the matrix products of DeepSeek-V3."""
 
 from ds_precision.block_scaling import BlockScaled, dequantize_blocks, quantize_blocks
-from ds_precision.formats import E4M3, E5M2, Format, cast
+from ds_precision.formats import E4M3, E5M2, E5M6, Format, cast, from_ue8m0, to_ue8m0
 from ds_precision.fused import (
     AdamWUpdate,
     fused_adamw,
@@ -23,6 +23,7 @@ from ds_precision.weight_only import Int8Weights, quantize_int8, replace_by_int8
 __all__ = [
     "E4M3",
     "E5M2",
+    "E5M6",
     "AdamWUpdate",
     "BlockScaled",
     "Format",
@@ -30,6 +31,7 @@ __all__ = [
     "Linear",
     "cast",
     "dequantize_blocks",
+    "from_ue8m0",
     "fused_adamw",
     "fused_attention",
     "fused_cross_entropy",
@@ -42,6 +44,7 @@ __all__ = [
     "quantize_blocks",
     "quantize_int8",
     "replace_by_int8",
+    "to_ue8m0",
     "traced_for_xla",
     "use_kernels",
 ]

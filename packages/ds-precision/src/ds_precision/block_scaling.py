@@ -19,6 +19,7 @@ from ds_precision.formats import E4M3, Format, cast
 
 # A scale below this would be subnormal in float32, where processors may flush it to zero.
 _SMALLEST_SCALE = 2.0**-126
+_SMALLEST_AMAX = 1e-4  # as in DeepSeek's kernels, where scales are powers of two
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ def quantize_blocks(
     x: tf.Tensor,
     block: tuple[int, int] = (128, 128),
     fmt: Format = E4M3,
+    power_of_two: bool = False,
 ) -> BlockScaled:
     """Scales each block so that its largest magnitude becomes ``fmt.max``, and rounds.
 
@@ -68,6 +70,9 @@ def quantize_blocks(
         block: rows and columns of a block; ``(128, 128)`` for weights, ``(1, 128)`` for
             activations.
         fmt: format of the values.
+        power_of_two: round scales up to powers of two, as V3.1 does (DeepSeek's `act_quant` with
+            `ue8m0`): multiplying by them is exact. There the largest magnitude counts as 1e-4 at
+            least, so zeros get scale ``2^-22`` in E4M3.
 
     Returns:
         The values in the shape of ``x``, and their scales.
@@ -83,7 +88,10 @@ def quantize_blocks(
     shape = tf.shape(x)
     padded = _pad_to_blocks(x, block)
     amax_PQ = _largest_in_blocks(padded, block)
-    scales_PQ = tf.where(amax_PQ == 0.0, 1.0, tf.maximum(amax_PQ / fmt.max, _SMALLEST_SCALE))
+    if power_of_two:
+        scales_PQ = _power_of_two_from(tf.maximum(amax_PQ, _SMALLEST_AMAX) / fmt.max)
+    else:
+        scales_PQ = tf.where(amax_PQ == 0.0, 1.0, tf.maximum(amax_PQ / fmt.max, _SMALLEST_SCALE))
     # A finite number divided by an infinite scale would be a silent zero.
     scales_PQ = tf.where(tf.math.is_finite(amax_PQ), scales_PQ, float("nan"))
     values = cast(x / _spread(scales_PQ, block, shape), fmt)
@@ -112,6 +120,12 @@ def dequantize_blocks(scaled: BlockScaled, dtype: tf.DType = tf.float32) -> tf.T
     values = tf.cast(scaled.values, tf.float32)
     scales = _spread(tf.cast(scaled.scales, tf.float32), scaled.block, tf.shape(values))
     return tf.cast(values * scales, dtype)
+
+
+def _power_of_two_from(scales: tf.Tensor) -> tf.Tensor:
+    """Returns ``2^ceil(log2(scale))``, exactly: a mantissa that is not zero carries over."""
+    bits = tf.bitcast(scales, tf.int32)
+    return tf.bitcast((bits + 0x7FFFFF) & 0x7F800000, tf.float32)
 
 
 def _check_block(block: tuple[int, int]) -> None:

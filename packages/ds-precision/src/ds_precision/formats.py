@@ -1,14 +1,20 @@
-"""The 8-bit floating-point formats of DeepSeek-V3 (arXiv 2412.19437, section 3.3).
+"""The small floating-point formats of DeepSeek-V3 (arXiv 2412.19437, section 3.3).
 
-The paper uses E4M3 in all matrix products. E5M2 is the wider and coarser format that
-earlier FP8 recipes kept for gradients (arXiv 2209.05433); it is here to compare with.
+The paper uses E4M3 in all matrix products, and E5M6 for one operand, the input of the attention's
+output projection (section 3.3.3). E5M2 is the wider and coarser format that earlier FP8 recipes
+kept for gradients (arXiv 2209.05433); it is here to compare with. UE8M0 holds scales: powers of
+two and nothing else.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import tensorflow as tf
+
+_ONE = 2**23  # what adds one to the exponent in float32's bits
+_NAN = 255  # of UE8M0
 
 
 @dataclass(frozen=True)
@@ -17,7 +23,7 @@ class Format:
 
     Attributes:
         name: name as papers write it, such as ``E4M3``.
-        dtype: TensorFlow's storage type.
+        dtype: TensorFlow's storage type; a wider one where it has none of that size.
         max: largest finite magnitude.
         smallest_normal: smallest magnitude that keeps all mantissa bits; below it the
             spacing stays at ``smallest_subnormal``.
@@ -42,8 +48,8 @@ class Format:
         In ``[2^e, 2^(e+1))`` the numbers lie ``2^(e-m)`` apart, with ``m`` mantissa bits.
         Rounding to the nearest one moves ``x`` by at most half of that, and ``|x|`` is at
         least ``2^e``, so the quotient is at most ``2^-(m+1)``: 6.25% for E4M3, 12.5% for
-        E5M2. Below ``smallest_normal`` the error is at most half of ``smallest_subnormal``
-        in absolute terms, and has no relative bound.
+        E5M2, 0.78% for E5M6. Below ``smallest_normal`` the error is at most half of
+        ``smallest_subnormal`` in absolute terms, and has no relative bound.
         """
         return 2.0 ** -(self.mantissa_bits + 1)
 
@@ -62,6 +68,14 @@ E5M2 = Format(
     max=57344.0,
     smallest_normal=2.0**-14,
     mantissa_bits=2,
+)
+
+E5M6 = Format(
+    name="E5M6",
+    dtype=tf.float16,  # whose numbers include all of E5M6's
+    max=65024.0,  # if infinity has a code, as in E5M2; the paper does not say
+    smallest_normal=2.0**-14,
+    mantissa_bits=6,
 )
 
 
@@ -83,4 +97,49 @@ def cast(x: tf.Tensor, fmt: Format) -> tf.Tensor:
         that is exact in float32 and bfloat16.
     """
     x = tf.convert_to_tensor(x)
-    return tf.cast(tf.clip_by_value(x, -fmt.max, fmt.max), fmt.dtype)
+    x = tf.clip_by_value(x, -fmt.max, fmt.max)
+    if fmt.dtype.size > 1:  # a wider type, whose own rounding would not do
+        x = _round(tf.cast(x, tf.float32), fmt)
+    return tf.cast(x, fmt.dtype)
+
+
+def to_ue8m0(scales: tf.Tensor) -> tf.Tensor:
+    """Writes scales as UE8M0, an exponent of 8 bits: ``2^(byte - 127)``, 255 for NaN.
+
+    What is no power of two is rounded up to the next one, so that nothing scaled by it overflows.
+
+    Args:
+        scales: any shape, a float dtype; positive, from ``2^-127`` to ``2^127``.
+
+    Returns:
+        The shape of ``scales``, uint8. NaN, and what is not positive or too large, gives 255.
+    """
+    scales = tf.cast(scales, tf.float32)
+    bits = tf.bitcast(scales, tf.int32)
+    exponents = (bits + _ONE - 1) // _ONE
+    # Below 2^-126 float32 has no leading one: 2^-127 is half of the mantissa.
+    exponents = tf.where(bits <= _ONE // 2, 0, exponents)
+    fits = (bits > 0) & (bits < _NAN * _ONE - _ONE + 1)  # to 2^127; beyond, the sum overflows
+    return tf.cast(tf.where(fits, exponents, _NAN), tf.uint8)
+
+
+def from_ue8m0(exponents: tf.Tensor) -> tf.Tensor:
+    """Reads UE8M0 bytes.
+
+    Args:
+        exponents: any shape, uint8.
+
+    Returns:
+        The shape of ``exponents``, float32: ``2^(byte - 127)``, NaN for 255.
+    """
+    exponents = tf.cast(exponents, tf.int32)
+    bits = tf.where(exponents == 0, _ONE // 2, exponents * _ONE)
+    return tf.where(exponents == _NAN, float("nan"), tf.bitcast(bits, tf.float32))
+
+
+def _round(x: tf.Tensor, fmt: Format) -> tf.Tensor:
+    """Rounds float32 to a format's spacing, ties to even."""
+    exponents = tf.bitcast(tf.abs(x), tf.int32) // _ONE - 127
+    exponents = tf.maximum(exponents, round(math.log2(fmt.smallest_normal)))
+    spacing = tf.bitcast((exponents - fmt.mantissa_bits + 127) * _ONE, tf.float32)
+    return tf.round(x / spacing) * spacing

@@ -1,17 +1,19 @@
 """A checkpoint in another dtype or form, under its final name only once it is whole."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 from zipfile import BadZipFile
 
 import keras
 
 from ds_model.checkpoint import atomic
 from ds_model.checkpoint.checking import check_layout, present_depth
+from ds_model.checkpoint.fp8 import SCALES, is_quantized, quantization_config, quantize
 from ds_model.checkpoint.reader import INDEX, TensorFiles, check_directory, read_json
 from ds_model.checkpoint.saving import DTypeName, save, stored_dtype
 from ds_model.checkpoint.writer import MAX_SHARD_BYTES, TensorWriter
@@ -30,7 +32,7 @@ _COMPANIONS = ("*.json", "*.jinja", "*.model", "LICENSE*")
 def to_hf(
     source: Path,
     target: Path,
-    dtype: DTypeName | None = None,
+    dtype: DTypeName | Literal["fp8"] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress = lambda done, total: None,  # noqa: ARG005 - named for the reader
 ) -> None:
@@ -41,7 +43,8 @@ def to_hf(
     Args:
         source: the directory or the `.keras` file.
         target: must not exist, or be an empty directory.
-        dtype: of the tensors; `None` keeps them. The router's bias is kept in any case.
+        dtype: of the tensors; `None` keeps them. The router's bias is kept in any case. "fp8" is
+            the released form: linear maps in E4M3 with a scale a block, all else bfloat16.
         max_shard_bytes: above it, shards with an index.
         progress: told how far it is.
 
@@ -52,29 +55,65 @@ def to_hf(
     """
     with _staged(target) as stage:
         if source.is_file():
+            if dtype == "fp8":
+                raise CheckpointError(f"{source} is a .keras file; fp8 is made of a directory")
             save(_load_keras(source), stage, dtype, max_shard_bytes)
             progress(1, 1)
             return
         config = ModelConfig.from_pretrained(check_directory(source))
         stage.mkdir()
-        with (
-            TensorFiles(source) as files,
-            TensorWriter(
-                stage, max_shard_bytes, lambda done: progress(done, len(files.names))
-            ) as writer,
-        ):
+        with TensorFiles(source) as files:
             depth = present_depth(files, config)
             check_layout(files, config.replace(num_nextn_predict_layers=depth))
-            _check_room(files.nbytes, stage)
-            for name in files.names:
-                writer.add(name, files.read(name), stored_dtype(name, dtype))
-            writer.finish()
+            _check_room(_bytes_needed(files, dtype), stage)
+            total = sum(2 if _split(name, dtype) else 1 for name in _taken(files, dtype))
+            with TensorWriter(stage, max_shard_bytes, lambda done: progress(done, total)) as writer:
+                _copy_tensors(files, writer, dtype)
+                writer.finish()
         _copy_companions(source, stage)
-        values = read_json(source / "config.json")
-        if dtype is not None:
-            written = [field for field in ("dtype", "torch_dtype") if field in values]
-            values |= dict.fromkeys(written or ["torch_dtype"], dtype)
+        values = _config_of(read_json(source / "config.json"), dtype)
         atomic.write(stage / "config.json", (json.dumps(values, indent=2) + "\n").encode())
+
+
+def _taken(files: TensorFiles, dtype: str | None) -> list[str]:
+    """The tensors that are gone through; scales go with their weights where those change."""
+    return files.stored_names if dtype is None else files.names
+
+
+def _split(name: str, dtype: str | None) -> bool:
+    """Whether a tensor becomes two, values and scales."""
+    return dtype == "fp8" and is_quantized(name)
+
+
+def _copy_tensors(files: TensorFiles, writer: TensorWriter, dtype: Any) -> None:
+    other: DTypeName | None = "bfloat16" if dtype == "fp8" else dtype
+    for name in _taken(files, dtype):
+        if dtype is None:
+            writer.add(name, files.stored(name))
+        elif _split(name, dtype):
+            values, scales = quantize(files.read(name))
+            writer.add(name, values)
+            writer.add(name + SCALES, scales)
+        else:
+            writer.add(name, files.read(name), stored_dtype(name, other))
+
+
+def _bytes_needed(files: TensorFiles, dtype: str | None) -> int:
+    """At most so many bytes are written."""
+    if dtype is None:
+        return files.nbytes
+    width = 4 if dtype == "float32" else 2
+    return sum(width * math.prod(files.shape(name)) for name in files.names)
+
+
+def _config_of(values: dict[str, Any], dtype: str | None) -> dict[str, Any]:
+    """`config.json` of the same model with its tensors in another dtype."""
+    if dtype is None:
+        return values
+    written = [field for field in ("dtype", "torch_dtype") if field in values] or ["torch_dtype"]
+    values |= dict.fromkeys(written, "bfloat16" if dtype == "fp8" else dtype)
+    values.pop("quantization_config", None)
+    return values | ({"quantization_config": quantization_config()} if dtype == "fp8" else {})
 
 
 def to_keras(source: Path, target: Path, dtype: DTypeName | None = None) -> None:

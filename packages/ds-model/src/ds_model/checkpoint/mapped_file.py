@@ -22,8 +22,10 @@ READABLE: dict[str, np.dtype[np.generic]] = {
     "F32": np.dtype(np.float32),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }
-"""What is read, by the name that safetensors gives it."""
+"""What is read, by the name that safetensors gives it; the last two make FP8 weights."""
 
 
 class Stored(NamedTuple):

@@ -13,24 +13,30 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from ds_model.checkpoint.fp8 import SCALES, Fp8Matrix, block_of
 from ds_model.checkpoint.layout import Shape
-from ds_model.checkpoint.mapped_file import READABLE, MappedFile
+from ds_model.checkpoint.mapped_file import MappedFile
 from ds_model.errors import CheckpointError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+Array = NDArray[np.generic]
+PLAIN = ("F32", "BF16", "F16")
 _MAX_INDEX_BYTES = 64 * 2**20  # V3's own index is 9 MB; a lying one must not fill memory
 
 
 class TensorFiles:
     """The tensors of one directory, by name; a context manager that holds the files mapped.
 
+    An FP8 weight and its scales are one tensor here, whose numbers are their products.
+
     Args:
         directory: holds `model.safetensors`, or an index and its shards.
 
     Raises:
         CheckpointError: no such directory, no weights, a broken or missing file, an index that
-            names a file outside the directory or a tensor that its file does not hold.
+            names a file outside the directory or a tensor that its file does not hold; weights
+            quantized in another way than the released ones.
     """
 
     def __init__(self, directory: Path | str) -> None:
@@ -38,6 +44,13 @@ class TensorFiles:
         self._files: dict[str, MappedFile] = {}
         self.file_of: dict[str, str] = {}
         self._open_all()
+        config = self._directory / "config.json"
+        self._block = block_of(read_json(config) if config.is_file() else {})
+        self._scales_of = {
+            name: name + SCALES
+            for name in self.file_of
+            if self.dtype(name) == "F8_E4M3" and name + SCALES in self.file_of
+        }
 
     def __enter__(self) -> Self:
         """Return the open files."""
@@ -54,7 +67,13 @@ class TensorFiles:
 
     @property
     def names(self) -> list[str]:
-        """Names of all tensors, in the order of the files."""
+        """Names of all tensors, in the order of the files; scales belong to their weights."""
+        scales = set(self._scales_of.values())
+        return [name for name in self.file_of if name not in scales]
+
+    @property
+    def stored_names(self) -> list[str]:
+        """The same with the scales, for those who want bytes as they are."""
         return list(self.file_of)
 
     @property
@@ -74,21 +93,28 @@ class TensorFiles:
         """Where a tensor lies: the number of its file, and the first byte in it."""
         return list(self._files).index(self.file_of[name]), self._file(name).tensors[name].start
 
-    def read(self, name: str) -> NDArray[np.generic]:
+    def read(self, name: str) -> Array | Fp8Matrix:
         """The tensor as a read-only array in the mapped file (BF16 as `ml_dtypes.bfloat16`).
 
         Raises:
-            CheckpointError: a dtype other than F32, BF16 and F16.
+            CheckpointError: a dtype other than F32, BF16, F16, and F8_E4M3 with scales.
         """
         self.check_dtype(name)
+        values = self.stored(name)
+        if scales := self._scales_of.get(name):
+            return Fp8Matrix(values, self.stored(scales), self._block)
+        return values
+
+    def stored(self, name: str) -> Array:
+        """A tensor's numbers as they lie in the file, FP8 without its scales."""
         return self._file(name).read(name)
 
     @contextmanager
-    def borrow(self, name: str) -> Iterator[NDArray[np.generic]]:
+    def borrow(self, name: str) -> Iterator[Array | Fp8Matrix]:
         """What `read` gives, for one pass over it: its pages are given back afterwards.
 
         Raises:
-            CheckpointError: a dtype other than F32, BF16 and F16.
+            CheckpointError: as for `read`.
         """
         yield self.read(name)
         self._file(name).release(name)
@@ -97,12 +123,34 @@ class TensorFiles:
         """Refuse a tensor that can't be read.
 
         Raises:
-            CheckpointError: a dtype other than F32, BF16 and F16.
+            CheckpointError: a dtype other than F32, BF16, F16, and F8_E4M3 with scales of their
+                shape.
         """
         dtype = self.dtype(name)
-        if dtype not in READABLE:
-            hint = "convert the checkpoint to BF16 first" if dtype.startswith("F8") else "not read"
-            message = f"tensor {name} has dtype {dtype}, and {', '.join(READABLE)} are read: {hint}"
+        if dtype == "F8_E4M3":
+            self._check_scales(name)
+        elif dtype not in PLAIN:
+            message = (
+                f"tensor {name} has dtype {dtype}, and {', '.join(PLAIN)} and F8_E4M3 are read"
+            )
+            raise CheckpointError(message)
+
+    def _check_scales(self, name: str) -> None:
+        scales = name + SCALES
+        if scales not in self.file_of:
+            raise CheckpointError(f"tensor {name} is F8_E4M3, and {scales} is missing")
+        if self.dtype(scales) not in ("F32", "BF16", "F8_E8M0"):
+            message = f"tensor {scales} has dtype {self.dtype(scales)}; F32, BF16, F8_E8M0 are read"
+            raise CheckpointError(message)
+        blocks = tuple(
+            -(-size // of) for size, of in zip(self.shape(name), self._block, strict=False)
+        )
+        if len(self.shape(name)) != len(self._block) or self.shape(scales) != blocks:
+            rows, columns = self._block
+            message = (
+                f"tensor {scales} is {list(self.shape(scales))}; {list(self.shape(name))} in "
+                f"blocks of {rows}x{columns} need {list(blocks)}"
+            )
             raise CheckpointError(message)
 
     def _file(self, name: str) -> MappedFile:

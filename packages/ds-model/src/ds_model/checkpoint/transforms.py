@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from ds_model.checkpoint.fp8 import Fp8Matrix
 from ds_model.checkpoint.layout import Entry, Transform
 
 Array = NDArray[np.generic]
@@ -41,7 +42,7 @@ def places(entry: Entry, value: Array) -> Iterator[tuple[str, Array]]:
     yield from zip(names, views, strict=True)
 
 
-def blocks(tensor: Array) -> Iterator[slice]:
+def blocks(tensor: Array | Fp8Matrix) -> Iterator[slice]:
     """The rows of a tensor in pieces, for one pass over it.
 
     Each fits a core's cache: a transposed copy of the whole jumps through all of memory for each

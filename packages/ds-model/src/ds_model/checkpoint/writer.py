@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from ds_model.checkpoint import atomic
+from ds_model.checkpoint.fp8 import Fp8Matrix
 from ds_model.checkpoint.mapped_file import READABLE
 from ds_model.checkpoint.reader import INDEX, SINGLE
 from ds_model.checkpoint.transforms import Array, blocks
@@ -19,7 +20,7 @@ _NAME_OF = {dtype: name for name, dtype in READABLE.items()}
 
 
 class _Pending(NamedTuple):
-    array: Array
+    array: Array | Fp8Matrix
     dtype: np.dtype[np.generic]  # to be stored, not the array's
 
     @property
@@ -75,7 +76,9 @@ class TensorWriter:
         for draft in self._drafts:
             draft.unlink(missing_ok=True)
 
-    def add(self, name: str, array: Array, dtype: np.dtype[np.generic] | None = None) -> None:
+    def add(
+        self, name: str, array: Array | Fp8Matrix, dtype: np.dtype[np.generic] | None = None
+    ) -> None:
         """Take one tensor; writes a shard when this one does not fit into it any more.
 
         Args:

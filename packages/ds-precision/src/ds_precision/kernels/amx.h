@@ -263,7 +263,7 @@ class LeftTiles {
 void product_of_tiles(const View& a, int64_t first, const View& b, const Shape& s, int64_t column,
                       int64_t end, const Put& put) {
   const LeftTiles left(a, first, s.rows, s.inner);
-  const int64_t panel = 2 * tiles_of(s.inner) * kTile;
+  const int64_t panel = 2 * std::max<int64_t>(1, tiles_of(s.inner)) * kTile;  // an expert may rest
   const int64_t together = std::max<int64_t>(1, std::min(kPanels, kRightTiles * kTile / panel));
   auto* right = reinterpret_cast<uint16_t*>(scratch(1, together * panel / 2));
   while (column < end) {

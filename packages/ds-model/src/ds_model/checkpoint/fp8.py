@@ -1,0 +1,126 @@
+"""FP8 weights as released checkpoints store them (arXiv 2412.19437, section 3.3.2).
+
+A matrix `NAME` in E4M3 has its scales beside it, `NAME_scale_inv`: one for each block of 128 rows
+and 128 columns, smaller at the lower and right edges. Values times scales are the weights; V3's
+scales are any float32, V3.1's powers of two, as float32 or as E8M0.
+
+Shape letters: R, C rows and columns of the matrix; P, Q rows and columns of blocks.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+from ds_model.errors import CheckpointError
+from ds_precision import quantize_blocks
+
+SCALES = "_scale_inv"
+BLOCK = (128, 128)
+VALUES, E8M0 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e8m0fnu)
+
+# The linear maps of attention, experts and dense feed-forwards. Embedding, head, routers, norms and
+# the MTP modules' projections stay as they are, as in the released files.
+_QUANTIZED = re.compile(r"\.(self_attn|mlp)\.(.*\.)?\w+_proj(_with_mqa)?\.weight$")
+_NUMBER_OF = np.arange(256, dtype=np.uint8).view(VALUES).astype(np.float32)
+_STRIPE = 8 * BLOCK[0]  # rows quantized at once
+
+
+class Fp8Matrix:
+    """A matrix whose numbers are made where it is sliced: what readers of plain arrays need of one.
+
+    Args:
+        values: `[R, C]` in E4M3.
+        scales: `[P, Q]`, float32, bfloat16 or E8M0; they multiply.
+        block: rows and columns of a block.
+    """
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(
+        self,
+        values: NDArray[np.generic],
+        scales: NDArray[np.generic],
+        block: tuple[int, int] = BLOCK,
+    ) -> None:
+        self._bytes = values.view(np.uint8)
+        self._scales = scales.astype(np.float32)
+        self._block = block
+        self.shape = values.shape
+        self.size = values.size
+        self.nbytes = values.size * self.dtype.itemsize  # of the numbers
+
+    def __len__(self) -> int:
+        """Return R."""
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> NDArray[np.float32]:
+        """Return some rows `[r, C]` float32, the products of DeepSeek's `weight_dequant`."""
+        high, wide = self._block
+        first, last, _ = rows.indices(len(self))
+        numbers = _NUMBER_OF[self._bytes[rows]]
+        scales = self._scales[np.arange(first, last) // high]
+        numbers *= np.repeat(scales, wide, axis=1)[:, : self.shape[1]]
+        return numbers
+
+
+def block_of(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the rows and columns of a block, from a `config.json`.
+
+    Raises:
+        CheckpointError: `quantization_config` is of another kind than the released one.
+    """
+    said = config.get("quantization_config")
+    if said is None:
+        return BLOCK
+    where = "config.json's quantization_config"
+    if not isinstance(said, dict):
+        raise CheckpointError(f"{where} is {said!r}; it must be an object")
+    method, fmt = said.get("quant_method"), said.get("fmt", "e4m3")
+    if method != "fp8":
+        raise CheckpointError(f"{where}.quant_method is {method!r}; 'fp8' is what can be read")
+    if fmt != "e4m3":
+        raise CheckpointError(f"{where}.fmt is {fmt!r}; 'e4m3' is what can be read")
+    match said.get("weight_block_size", list(BLOCK)):
+        case [int(rows), int(columns)] if rows > 0 and columns > 0:
+            return rows, columns
+        case other:
+            message = f"{where}.weight_block_size is {other!r}; it must be two positive numbers"
+            raise CheckpointError(message)
+
+
+def is_quantized(name: str) -> bool:
+    """Say whether the released layout stores this tensor in FP8."""
+    return _QUANTIZED.search(name) is not None
+
+
+def quantize(
+    matrix: NDArray[np.generic] | Fp8Matrix,
+) -> tuple[NDArray[np.generic], NDArray[np.float32]]:
+    """Return values `[R, C]` in E4M3 and scales `[P, Q]` float32; see `quantize_blocks`.
+
+    What comes back differs by at most 6.25% of a number, or by 2^-10 of a 448th of the largest in
+    its block where that is more.
+    """
+    values, scales = [], []
+    for first in range(0, len(matrix), _STRIPE):
+        stripe = quantize_blocks(
+            tf.constant(np.asarray(matrix[first : first + _STRIPE], np.float32))
+        )
+        values.append(stripe.values.numpy())
+        scales.append(stripe.scales.numpy())
+    return np.concatenate(values), np.concatenate(scales)
+
+
+def quantization_config() -> dict[str, Any]:
+    """Return what the released `config.json` says of such weights."""
+    return {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": list(BLOCK),
+    }
