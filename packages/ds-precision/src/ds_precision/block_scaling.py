@@ -15,7 +15,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from ds_precision.formats import E4M3, Format, cast
+from ds_precision.formats import E4M3, Format, cast, from_ue8m0, to_ue8m0
 
 # A scale below this would be subnormal in float32, where processors may flush it to zero.
 _SMALLEST_SCALE = 2.0**-126
@@ -89,7 +89,7 @@ def quantize_blocks(
     padded = _pad_to_blocks(x, block)
     amax_PQ = _largest_in_blocks(padded, block)
     if power_of_two:
-        scales_PQ = _power_of_two_from(tf.maximum(amax_PQ, _SMALLEST_AMAX) / fmt.max)
+        scales_PQ = from_ue8m0(to_ue8m0(tf.maximum(amax_PQ, _SMALLEST_AMAX) / fmt.max))
     else:
         scales_PQ = tf.where(amax_PQ == 0.0, 1.0, tf.maximum(amax_PQ / fmt.max, _SMALLEST_SCALE))
     # A finite number divided by an infinite scale would be a silent zero.
@@ -120,12 +120,6 @@ def dequantize_blocks(scaled: BlockScaled, dtype: tf.DType = tf.float32) -> tf.T
     values = tf.cast(scaled.values, tf.float32)
     scales = _spread(tf.cast(scaled.scales, tf.float32), scaled.block, tf.shape(values))
     return tf.cast(values * scales, dtype)
-
-
-def _power_of_two_from(scales: tf.Tensor) -> tf.Tensor:
-    """Returns ``2^ceil(log2(scale))``, exactly: a mantissa that is not zero carries over."""
-    bits = tf.bitcast(scales, tf.int32)
-    return tf.bitcast((bits + 0x7FFFFF) & 0x7F800000, tf.float32)
 
 
 def _check_block(block: tuple[int, int]) -> None:
