@@ -21,12 +21,11 @@ from ds_precision import quantize_blocks
 
 SCALES = "_scale_inv"
 BLOCK = (128, 128)
-VALUES, E8M0 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e8m0fnu)
 
 # The linear maps of attention, experts and dense feed-forwards. Embedding, head, routers, norms and
 # the MTP modules' projections stay as they are, as in the released files.
 _QUANTIZED = re.compile(r"\.(self_attn|mlp)\.(.*\.)?\w+_proj(_with_mqa)?\.weight$")
-_NUMBER_OF = np.arange(256, dtype=np.uint8).view(VALUES).astype(np.float32)
+_NUMBER_OF = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 _STRIPE = 8 * BLOCK[0]  # rows quantized at once
 
 
