@@ -15,7 +15,7 @@ from ds_model.checkpoint import atomic
 from ds_model.checkpoint.checking import check_layout, present_depth
 from ds_model.checkpoint.fp8 import SCALES, is_quantized, quantization_config, quantize
 from ds_model.checkpoint.reader import INDEX, TensorFiles, check_directory, read_json
-from ds_model.checkpoint.saving import DTypeName, save, stored_dtype
+from ds_model.checkpoint.saving import KEPT_FLOAT32, DTypeName, save, stored_dtype
 from ds_model.checkpoint.writer import MAX_SHARD_BYTES, TensorWriter
 from ds_model.config import ModelConfig
 from ds_model.errors import CheckpointError
@@ -102,8 +102,11 @@ def _bytes_needed(files: TensorFiles, dtype: str | None) -> int:
     """At most so many bytes are written."""
     if dtype is None:
         return files.nbytes
-    width = 4 if dtype == "float32" else 2
-    return sum(width * math.prod(files.shape(name)) for name in files.names)
+    wide = dtype == "float32"
+    return sum(
+        (4 if wide or name.endswith(KEPT_FLOAT32) else 2) * math.prod(files.shape(name))
+        for name in files.names
+    )
 
 
 def _config_of(values: dict[str, Any], dtype: str | None) -> dict[str, Any]:
