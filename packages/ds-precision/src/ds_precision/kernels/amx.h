@@ -175,7 +175,8 @@ inline void pair_rows(const View& from, int64_t row, int64_t rows, int64_t colum
   }
 }
 
-// Tile `k` of a panel of a right side: two times 16 columns from `column` on, of which `left` are real.
+// Tile `k` of a panel of a right side: two times 16 columns from `column` on,
+// of which `left` are real.
 template <Type type>
 void pack_right(const View& b, const Shape& s, int64_t k, int64_t column, int64_t left,
                 uint16_t* to) {
@@ -193,8 +194,8 @@ void pack_right(const View& b, const Shape& s, int64_t k, int64_t column, int64_
   }
 }
 
-// Panels `[inner / 32][2][16, 16 pairs]` of columns [column, end), one after another. All of them row
-// by row, so that memory is read in long runs.
+// Panels `[inner / 32][2][16, 16 pairs]` of columns [column, end), one after another. All of them
+// row by row, so that memory is read in long runs.
 void pack_right(const View& b, const Shape& s, int64_t column, int64_t end, uint16_t* to) {
   const int64_t blocks = tiles_of(s.inner);
   for (int64_t k = 0; k < blocks; k++) {

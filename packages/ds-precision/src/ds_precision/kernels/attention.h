@@ -166,7 +166,8 @@ auto adding(const Rows& to, int64_t first = 0) {
 class Head {
  public:
   Head(const Attention& a, int64_t b, int64_t h, float* space)
-      : a_(a), b_(b), h_(h), keys_(space, a.wide()), panels_(space + keys_size(a), a.wide(), a.tiled()) {
+      : a_(a), b_(b), h_(h), keys_(space, a.wide()),
+        panels_(space + keys_size(a), a.wide(), a.tiled()) {
     for (int64_t k = 0; k < a.keys; k++) {  // the two parts come from two places
       widen(a.key_rows(b, h), k, a.nope, keys_.row(k));
       widen(a.rope_rows(b), k, a.rope, keys_.row(k) + a.nope);

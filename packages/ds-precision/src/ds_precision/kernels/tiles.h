@@ -305,7 +305,7 @@ void packed(const Left& a, const View& b, const Shape& s, int64_t column, int64_
   }
 }
 
-// Adds the products of weights where they lie, over numbers [k, k + count) of the inner size, to rows x
+// Adds products of weights where they lie, over numbers [k, k + count) of the inner size, to rows x
 // (2 * width) vectors of `sums`: `width` vectors at each of two places.
 template <int rows, int width, Type type>
 void thin(const Left& a, const View& b, int64_t k, int64_t count, int64_t c0, int64_t c1,
@@ -342,8 +342,8 @@ void thin(const Left& a, const View& b, int64_t k, int64_t count, int64_t c0, in
   }
 }
 
-// As many columns of [column, end) as whole tiles take; returns where they stop. Weights are read in
-// the order of memory, 32 rows of all the columns at a time, and the next 32 asked for meanwhile.
+// As many columns of [column, end) as whole tiles take; returns where they stop. Weights are read
+// in the order of memory, 32 rows of all the columns at a time, the next 32 asked for meanwhile.
 template <int rows, Type type>
 int64_t thin_rows(const Left& a, const View& b, const Shape& s, int64_t column, int64_t end,
                   const Put& put, const View* next) {
