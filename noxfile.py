@@ -58,6 +58,8 @@ def keep_cache_near() -> None:
 
 
 keep_cache_near()
+# Where it is set, every process compiles TensorFlow's Python anew: ten seconds each.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 def siblings_of(package: str) -> dict[str, Requirement]:

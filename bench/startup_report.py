@@ -24,6 +24,7 @@ def startup_section(found: dict[str, Any], notes: dict[str, str]) -> str:
     train = found["train"]
     if "failed" not in train:
         rows.append(("first training step, 8 x 256, float32", train["first_seconds"], STEP_TARGET))
+        rows.append(("a later one", train["seconds"], None))
     read = []
     for precision in ("float32", "bfloat16"):
         first = found[f"first_token_{precision}"]
