@@ -7,7 +7,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_precision import E4M3, E5M2, BlockScaled, dequantize_blocks, quantize_blocks
+from ds_precision import E4M3, E5M2, BlockScaled, block_scaling, dequantize_blocks, quantize_blocks
 
 REFERENCE = {"E4M3": ml_dtypes.float8_e4m3fn, "E5M2": ml_dtypes.float8_e5m2}
 E4M3_BYTES = ml_dtypes.float8_e4m3fn
@@ -207,3 +207,42 @@ def test_scales_that_do_not_fit_are_refused():
     scaled = BlockScaled(tf.ones([200, 300]), tf.ones([2, 2]))
     with pytest.raises(ValueError, match=r"scales have shape \[2, 2\].*need \[2, 3\]"):
         dequantize_blocks(scaled)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 70), st.integers(1, 70)),
+    block=st.tuples(st.sampled_from([1, 3, 32, 128]), st.sampled_from([1, 5, 32, 128])),
+    fmt=st.sampled_from([E4M3, E5M2]),
+    power_of_two=st.booleans(),
+    dtype=st.sampled_from([tf.float32, tf.bfloat16]),
+    seed=st.integers(0, 999),
+)
+def test_compiled_and_stock_operations_agree_in_every_bit(
+    shape, block, fmt, power_of_two, dtype, seed
+):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=shape) * np.exp(4 * rng.normal(size=shape))
+    special = rng.random(shape)
+    x[special < 0.1] = 0
+    x[special > 0.995] = rng.choice([np.inf, np.nan, 1e38])
+    x = tf.cast(x, dtype)
+    found = quantize_blocks(x, block, fmt, power_of_two)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(block_scaling, "use_kernels", lambda *_: False)
+        stock = quantize_blocks(x, block, fmt, power_of_two)
+        read = dequantize_blocks(stock, dtype)
+    assert np.array_equal(found.scales, stock.scales, equal_nan=True)
+    wide = [tf.cast(one.values, tf.float32).numpy() for one in (found, stock)]
+    assert np.array_equal(*wide, equal_nan=True)
+    assert np.array_equal(*(np.signbit(one) for one in wide)) or np.isnan(wide[0]).any()
+    again = tf.cast(dequantize_blocks(found, dtype), tf.float32)
+    assert np.array_equal(again, tf.cast(read, tf.float32), equal_nan=True)
+
+
+@pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=lambda f: f.name)
+def test_every_byte_is_read_as_ml_dtypes_reads_it(fmt):
+    every = np.arange(256, dtype=np.uint8).view(REFERENCE[fmt.name]).reshape(2, 128)
+    scaled = BlockScaled(tf.constant(every), tf.ones([2, 1]), (1, 128))
+    expected = every.astype(np.float32)
+    assert np.array_equal(dequantize_blocks(scaled), expected, equal_nan=True)

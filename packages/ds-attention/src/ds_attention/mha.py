@@ -16,11 +16,11 @@ import tensorflow as tf
 from ds_attention.cache import causal_mask
 from ds_attention.rope import apply_rope
 from ds_attention.softmax import masked_softmax
-from ds_precision import Linear
+from ds_precision import Linear, RestoresPolicy
 
 
 @keras.saving.register_keras_serializable(package="ds_attention")
-class MultiHeadAttention(keras.layers.Layer):
+class MultiHeadAttention(RestoresPolicy, keras.layers.Layer):
     """Causal MHA, MQA (`num_key_value_heads=1`) or GQA (in between).
 
     Args:

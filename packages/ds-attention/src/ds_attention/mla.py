@@ -21,11 +21,17 @@ from ds_attention.mask import CausalMask
 from ds_attention.rms_norm import RMSNorm
 from ds_attention.rope import apply_rope, rope_rotation
 from ds_attention.softmax import masked_softmax
-from ds_precision import Linear, fused_attention, fused_latent_attention, use_kernels
+from ds_precision import (
+    Linear,
+    RestoresPolicy,
+    fused_attention,
+    fused_latent_attention,
+    use_kernels,
+)
 
 
 @keras.saving.register_keras_serializable(package="ds_attention")
-class MultiHeadLatentAttention(keras.layers.Layer):
+class MultiHeadLatentAttention(RestoresPolicy, keras.layers.Layer):
     """Attention whose keys and values are made of one small latent per token.
 
     `call` is for training and scoring: keys and values are expanded from the latent.
@@ -48,11 +54,12 @@ class MultiHeadLatentAttention(keras.layers.Layer):
         self.config = config if isinstance(config, AttentionConfig) else AttentionConfig(**config)
         c = self.config
 
-        def linear(name: str, units: int, use_bias: bool = False) -> Linear:
+        def linear(name: str, units: int, use_bias: bool = False, fp8: str = "E4M3") -> Linear:
             return Linear(
                 units,
                 use_bias=use_bias,
                 initializer_range=c.initializer_range,
+                fp8_input_format=fp8,
                 dtype=self.dtype_policy,
                 name=name,
             )
@@ -72,7 +79,8 @@ class MultiHeadLatentAttention(keras.layers.Layer):
         self.kv_b_proj = linear(
             "kv_b_proj", c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim)
         )
-        self.o_proj = linear("o_proj", c.hidden_size, c.attention_bias)
+        # Its input is also what attention's backward pass starts from (section 3.3.3).
+        self.o_proj = linear("o_proj", c.hidden_size, c.attention_bias, fp8="E5M6")
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         """Create the weights of all projections."""

@@ -7,11 +7,11 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from ds_precision import fused_rms_norm, use_kernels
+from ds_precision import RestoresPolicy, fused_rms_norm, use_kernels
 
 
 @keras.saving.register_keras_serializable(package="ds_attention")
-class RMSNorm(keras.layers.Layer):
+class RMSNorm(RestoresPolicy, keras.layers.Layer):
     """Normalise the last axis in float32, whatever the dtype policy.
 
     Args:

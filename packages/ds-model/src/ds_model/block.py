@@ -15,7 +15,7 @@ import tensorflow as tf
 from ds_attention import CausalMask, LatentCache, MultiHeadLatentAttention, RMSNorm
 from ds_model.config import ModelConfig
 from ds_moe import MixtureOfExperts, Routing, SwiGLU
-from ds_precision import Linear
+from ds_precision import Linear, RestoresPolicy
 
 
 class Window(NamedTuple):
@@ -36,7 +36,7 @@ class Window(NamedTuple):
 
 
 @keras.saving.register_keras_serializable(package="ds_model")
-class DecoderBlock(keras.layers.Layer):
+class DecoderBlock(RestoresPolicy, keras.layers.Layer):
     """`h += MLA(norm(h))`, then `h += FFN(norm(h))`.
 
     Args:
@@ -104,7 +104,7 @@ class DecoderBlock(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable(package="ds_model")
-class MTPModule(keras.layers.Layer):
+class MTPModule(RestoresPolicy, keras.layers.Layer):
     """Module k of multi-token prediction: from depth k-1 to depth k.
 
     `h^k = block(M_k [enorm(Emb(t_{i+k})) ; hnorm(h^{k-1}_i)])`. The released weights put the

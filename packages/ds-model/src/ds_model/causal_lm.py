@@ -22,7 +22,7 @@ from ds_model.fit import training_step
 from ds_model.generate import GenerationStats, Generator
 from ds_model.recompute import Recompute, check_recompute, run_block
 from ds_moe import MixtureOfExperts, Routing
-from ds_precision import Linear, matmul
+from ds_precision import Linear, matmul, without_fp8
 
 
 class ModelOutput(NamedTuple):
@@ -70,7 +70,7 @@ class CausalLM(keras.Model):
             c.vocab_size,
             c.hidden_size,
             embeddings_initializer=keras.initializers.RandomNormal(stddev=c.initializer_range),
-            dtype=policy,
+            dtype=without_fp8(policy),
             name="embed_tokens",
         )
         self.blocks = [
@@ -81,7 +81,10 @@ class CausalLM(keras.Model):
         self.lm_head = None
         if not c.tie_word_embeddings:
             self.lm_head = Linear(
-                c.vocab_size, initializer_range=c.initializer_range, dtype=policy, name="lm_head"
+                c.vocab_size,
+                initializer_range=c.initializer_range,
+                dtype=without_fp8(policy),
+                name="lm_head",
             )
         self.mtp = [
             MTPModule(c, dtype=policy, name=f"mtp_{k}") for k in range(c.num_nextn_predict_layers)

@@ -1,6 +1,7 @@
 """Sending tokens to their experts and summing what comes back, without dropping any.
 
-Three programs for one sum, `y_t = sum_k gate_tk * FFN_{e_tk}(x_t)`:
+Three programs for one sum, `y_t = sum_k gate_tk * FFN_{e_tk}(x_t)` (FP8 training, whose arithmetic
+differs, has its own: `fp8_experts`):
 
 - `ds_precision.fused_experts`, one compiled operation: what runs on a CPU with a compiler.
 - `sorted_experts` sorts the assignments by expert and does one product per expert on just

@@ -12,13 +12,14 @@ import tensorflow as tf
 
 from ds_moe.config import MoEConfig
 from ds_moe.experts import run_experts
+from ds_moe.fp8_experts import fp8_experts
 from ds_moe.router import Router, Routing
 from ds_moe.swiglu import SwiGLU
-from ds_precision import Int8Weights, replace_by_int8
+from ds_precision import Int8Weights, RestoresPolicy, fp8_recipe, replace_by_int8
 
 
 @keras.saving.register_keras_serializable(package="ds_moe")
-class MixtureOfExperts(keras.layers.Layer):
+class MixtureOfExperts(RestoresPolicy, keras.layers.Layer):
     """Routed experts plus shared ones; dropless.
 
     The forward pass changes no variable: the routing comes back beside the output, and
@@ -81,12 +82,12 @@ class MixtureOfExperts(keras.layers.Layer):
         x_TD = tf.reshape(x, [-1, self.config.hidden_size])
         mask_T = None if token_mask is None else tf.reshape(token_mask, [-1])
         routing = self.gate(x_TD, mask_T)
-        y = run_experts(
-            x_TD,
-            routing.indices,
-            routing.gates,
-            *self._experts(),
-        )
+        recipe = fp8_recipe(self.dtype_policy)
+        gate_up, down = self._experts()
+        if recipe is None or self.gate_up_proj is None:
+            y = run_experts(x_TD, routing.indices, routing.gates, gate_up, down)
+        else:
+            y = fp8_experts(x_TD, routing.indices, routing.gates, gate_up, down, recipe, self.path)
         y = tf.reshape(y, tf.shape(x))
         if self.shared_experts is not None:
             y += self.shared_experts(x)

@@ -8,11 +8,11 @@ import keras
 import tensorflow as tf
 
 from ds_moe.experts import swiglu
-from ds_precision import Int8Weights, Linear, fused_experts, use_kernels
+from ds_precision import Int8Weights, Linear, RestoresPolicy, fp8_recipe, fused_experts, use_kernels
 
 
 @keras.saving.register_keras_serializable(package="ds_moe")
-class SwiGLU(keras.layers.Layer):
+class SwiGLU(RestoresPolicy, keras.layers.Layer):
     """`down(silu(gate(x)) * up(x))`, gate and up as one product.
 
     Args:
@@ -53,7 +53,7 @@ class SwiGLU(keras.layers.Layer):
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """Map `[..., hidden_size]` to the same shape."""
-        if not use_kernels(x):
+        if not use_kernels(x) or self._trains_in_fp8:
             return self.down_proj(swiglu(self.gate_up_proj(x)))
         # One expert that every token chooses.
         return fused_experts(
@@ -63,6 +63,10 @@ class SwiGLU(keras.layers.Layer):
             _stacked(self.gate_up_proj.weights_to_multiply),
             _stacked(self.down_proj.weights_to_multiply),
         )
+
+    @property
+    def _trains_in_fp8(self) -> bool:
+        return fp8_recipe(self.dtype_policy) is not None and self.down_proj.kernel is not None
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         """Return the input's shape."""

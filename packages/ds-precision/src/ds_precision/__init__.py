@@ -2,6 +2,15 @@
 
 from ds_precision.block_scaling import BlockScaled, dequantize_blocks, quantize_blocks
 from ds_precision.formats import E4M3, E5M2, E5M6, Format, cast, from_ue8m0, to_ue8m0
+from ds_precision.fp8 import (
+    Fp8Policy,
+    Fp8Recipe,
+    RestoresPolicy,
+    fp8_matmul,
+    fp8_recipe,
+    watch_fp8,
+    without_fp8,
+)
 from ds_precision.fused import (
     AdamWUpdate,
     fused_adamw,
@@ -27,10 +36,15 @@ __all__ = [
     "AdamWUpdate",
     "BlockScaled",
     "Format",
+    "Fp8Policy",
+    "Fp8Recipe",
     "Int8Weights",
     "Linear",
+    "RestoresPolicy",
     "cast",
     "dequantize_blocks",
+    "fp8_matmul",
+    "fp8_recipe",
     "from_ue8m0",
     "fused_adamw",
     "fused_attention",
@@ -47,4 +61,6 @@ __all__ = [
     "to_ue8m0",
     "traced_for_xla",
     "use_kernels",
+    "watch_fp8",
+    "without_fp8",
 ]

@@ -15,8 +15,11 @@ from typing import Any
 
 import tensorflow as tf
 
-from ds_precision.formats import E4M3, Format, cast, from_ue8m0, to_ue8m0
+from ds_precision.formats import E4M3, E5M2, Format, cast, from_ue8m0, to_ue8m0
+from ds_precision.kernels import operations
+from ds_precision.products import use_kernels
 
+_EIGHT_BITS = (E4M3.dtype, E5M2.dtype)
 # A scale below this would be subnormal in float32, where processors may flush it to zero.
 _SMALLEST_SCALE = 2.0**-126
 _SMALLEST_AMAX = 1e-4  # as in DeepSeek's kernels, where scales are powers of two
@@ -82,9 +85,17 @@ def quantize_blocks(
             positive numbers.
     """
     _check_block(block)
-    x = tf.cast(x, tf.float32)
+    x = tf.convert_to_tensor(x)
     if x.shape.rank in (0, 1):
         raise ValueError(f"x has shape {x.shape}; block scaling needs [..., rows, columns]")
+    if fmt.dtype in _EIGHT_BITS and use_kernels(x):
+        found = operations().ds_quantize(
+            x=x, V=fmt.dtype, rows=block[0], columns=block[1], two=power_of_two
+        )
+        found.values.set_shape(x.shape)
+        found.scales.set_shape(_scales_shape(x.shape, block))
+        return BlockScaled(found.values, found.scales, block)
+    x = tf.cast(x, tf.float32)
     shape = tf.shape(x)
     padded = _pad_to_blocks(x, block)
     amax_PQ = _largest_in_blocks(padded, block)
@@ -117,8 +128,17 @@ def dequantize_blocks(scaled: BlockScaled, dtype: tf.DType = tf.float32) -> tf.T
     """
     _check_block(scaled.block)
     _check_scales(scaled)
+    scales = tf.cast(scaled.scales, tf.float32)
+    small, known = scaled.values.dtype in _EIGHT_BITS, dtype in (tf.float32, tf.bfloat16)
+    if small and known and use_kernels(scales):
+        rows, columns = scaled.block
+        y = operations().ds_dequantize(
+            values=scaled.values, scales=scales, T=dtype, rows=rows, columns=columns
+        )
+        y.set_shape(scaled.values.shape)
+        return y
     values = tf.cast(scaled.values, tf.float32)
-    scales = _spread(tf.cast(scaled.scales, tf.float32), scaled.block, tf.shape(values))
+    scales = _spread(scales, scaled.block, tf.shape(values))
     return tf.cast(values * scales, dtype)
 
 
@@ -134,12 +154,19 @@ def _check_scales(scaled: BlockScaled) -> None:
     if not (values.is_fully_defined() and scales.is_fully_defined()):
         return
     rows, columns = scaled.block
-    expected = [*values[:-2], -(-values[-2] // rows), -(-values[-1] // columns)]
+    expected = _scales_shape(values, scaled.block).as_list()
     if scales.as_list() != expected:
         raise ValueError(
             f"scales have shape {scales.as_list()}; values {values.as_list()} in blocks of "
             f"{rows}x{columns} need {expected}"
         )
+
+
+def _scales_shape(shape: tf.TensorShape, block: tuple[int, int]) -> tf.TensorShape:
+    if shape.rank is None:
+        return shape
+    sides = zip(shape[-2:], block, strict=True)
+    return shape[:-2] + [None if size is None else -(-size // side) for size, side in sides]
 
 
 def _pad_to_blocks(x: tf.Tensor, block: tuple[int, int]) -> tf.Tensor:

@@ -2,7 +2,7 @@
 
 Keras' own `Dense` would do for float32, but it leaves no place to change the arithmetic of
 all three products (forward, input gradient, weight gradient) at once, which is what FP8
-training (arXiv 2412.19437, section 3.3) needs.
+training (arXiv 2412.19437, section 3.3; `ds_precision.fp8`) needs.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from ds_precision.fp8 import FORMATS, RestoresPolicy, fp8_matmul, fp8_recipe
 from ds_precision.products import fast_matmul, use_kernels
 from ds_precision.weight_only import Int8Weights, replace_by_int8
 
@@ -47,20 +48,35 @@ def matmul(x: tf.Tensor, kernel: Any) -> tf.Tensor:
 
 
 @keras.saving.register_keras_serializable(package="ds_precision")
-class Linear(keras.layers.Layer):
+class Linear(RestoresPolicy, keras.layers.Layer):
     """`x @ kernel (+ bias)`, with the released layers' names.
 
     Args:
         units: size of the output's last axis.
         use_bias: whether a bias is added.
         initializer_range: standard deviation of the normal initialiser [0.006 in V3].
+        fp8_input_format: what the input is rounded to under an `Fp8Policy`: "E4M3", or "E5M6"
+            for the projection that follows attention (arXiv 2412.19437, section 3.3.3).
         **kwargs: of `keras.layers.Layer` (name, dtype policy, ...).
+
+    Raises:
+        ValueError: no such format.
     """
 
     def __init__(
-        self, units: int, use_bias: bool = False, initializer_range: float = 0.02, **kwargs: Any
+        self,
+        units: int,
+        use_bias: bool = False,
+        initializer_range: float = 0.02,
+        fp8_input_format: str = "E4M3",
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if fp8_input_format not in FORMATS:
+            raise ValueError(
+                f"fp8_input_format is {fp8_input_format!r}; it must be one of {', '.join(FORMATS)}"
+            )
+        self.fp8_input_format = fp8_input_format
         self.units = units
         self.use_bias = use_bias
         self.initializer_range = initializer_range
@@ -81,7 +97,12 @@ class Linear(keras.layers.Layer):
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """Map `[..., in]` to `[..., units]`."""
-        y = matmul(x, self.weights_to_multiply)
+        recipe = fp8_recipe(self.dtype_policy)
+        if recipe is not None and self.kernel is not None:
+            fmt = FORMATS[self.fp8_input_format]
+            y = fp8_matmul(x, self.kernel, recipe, fmt, self.path)
+        else:
+            y = matmul(x, self.weights_to_multiply)
         return y if self.bias is None else y + tf.cast(self.bias, y.dtype)
 
     @property
@@ -116,4 +137,5 @@ class Linear(keras.layers.Layer):
             "units": self.units,
             "use_bias": self.use_bias,
             "initializer_range": self.initializer_range,
+            "fp8_input_format": self.fp8_input_format,
         }

@@ -50,6 +50,27 @@ def fast_matmul(x: tf.Tensor, kernel: tf.Tensor | Int8Weights) -> tf.Tensor:
     return y
 
 
+def multiply(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
+    """Return `a b` of `[T, K]` and `[K, N]`, summed in float32, in the type of `a`."""
+    return fast_matmul(a, b) if use_kernels(a, b) else tf.matmul(a, b)
+
+
+def multiply_transposed(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
+    """Return `a b^T` of `[T, N]` and `[K, N]`, summed in float32, in the type of `a`."""
+    if not use_kernels(a, b):
+        return tf.matmul(a, b, transpose_b=True)
+    y = operations().ds_matmul(x=a, w=b, scales=_no_scales(), transpose=True)
+    return tf.ensure_shape(y, [a.shape[0], b.shape[0]])
+
+
+def multiply_outer(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
+    """Return `a^T b` of `[T, K]` and `[T, N]` in float32."""
+    if not use_kernels(a, b):
+        return tf.matmul(tf.cast(a, tf.float32), tf.cast(b, tf.float32), transpose_a=True)
+    y = operations().ds_outer(x=a, dy=b, W=tf.float32)
+    return tf.ensure_shape(y, [a.shape[1], b.shape[1]])
+
+
 def fused_experts(
     x: tf.Tensor,
     indices: tf.Tensor,

@@ -7,6 +7,7 @@
 // A = T*K assignments.
 
 #include "attention.h"
+#include "blocks.h"
 #include "experts.h"
 #include "latent_attention.h"
 #include "passes.h"
@@ -234,6 +235,47 @@ void route_op(Context& c, const Attributes& a) {
   });
 }
 
+Blocks blocks_of(TF_Tensor* x, const Attributes& a) {
+  const int rank = TF_NumDims(x);
+  require(rank >= 2, "x has rank " + std::to_string(rank) + "; blocks need 2 or more");
+  require(a.rows >= 1 && a.columns >= 1, "a block's sides must be 1 or more");
+  const int64_t rows = TF_Dim(x, rank - 2);
+  return {rows ? rows_of(x) / rows : 0, rows, last(x), a.rows, a.columns};
+}
+
+std::vector<int64_t> shape_of_scales(TF_Tensor* x, const Blocks& b) {
+  std::vector<int64_t> shape = shape_with_last(x, b.across());
+  shape[shape.size() - 2] = b.down();
+  return shape;
+}
+
+const Small& small(TF_DataType type) {
+  require(type == TF_FLOAT8_E4M3FN || type == TF_FLOAT8_E5M2, "values must be E4M3 or E5M2");
+  return type == TF_FLOAT8_E5M2 ? kE5M2 : kE4M3;
+}
+
+// x [..., R, C] -> values [..., R, C] of 8 bits, scales [..., P, Q]
+void quantize_op(Context& c, const Attributes& attributes) {
+  TF_Tensor* x = c.input(0);
+  const Blocks b = blocks_of(x, attributes);
+  const TF_DataType type = c.output_type(0);
+  char* values = c.output(0, type, shape_with_last(x, b.columns));
+  auto* scales = reinterpret_cast<float*>(c.output(1, TF_FLOAT, shape_of_scales(x, b)));
+  quantize(data<char>(x), type_of(TF_TensorType(x)), b, small(type), attributes.two, values, scales);
+}
+
+// values [..., R, C] of 8 bits, scales [..., P, Q] -> y [..., R, C]
+void dequantize_op(Context& c, const Attributes& attributes) {
+  TF_Tensor *values = c.input(0), *scales = c.input(1);
+  const Blocks b = blocks_of(values, attributes);
+  require(TF_TensorElementCount(scales) == b.count * b.down() * b.across(),
+          "values and scales are of different numbers of blocks");
+  const TF_DataType type = c.output_type(0);
+  char* y = c.output(0, type, shape_with_last(values, b.columns));
+  dequantize(data<char>(values), data<float>(scales), b, small(TF_TensorType(values)),
+             type_of(type), y);
+}
+
 void* create(TF_OpKernelConstruction* context) {
   auto* found = new Attributes{flag(context, "transpose"), flag(context, "keep"),
                                flag(context, "interleave"), 1, 0};
@@ -243,6 +285,8 @@ void* create(TF_OpKernelConstruction* context) {
   TF_OpKernelConstruction_GetAttrInt32(context, "chosen", &found->chosen, status);
   TF_OpKernelConstruction_GetAttrInt32(context, "groups", &found->groups, status);
   TF_OpKernelConstruction_GetAttrInt32(context, "best_groups", &found->best_groups, status);
+  TF_OpKernelConstruction_GetAttrInt32(context, "rows", &found->rows, status);
+  TF_OpKernelConstruction_GetAttrInt32(context, "columns", &found->columns, status);
   found->two = flag(context, "two");
   found->normalize = flag(context, "normalize");
   TF_DeleteStatus(status);
@@ -333,6 +377,11 @@ __attribute__((constructor)) void declare_all() {
                         {"chosen: int", "groups: int", "best_groups: int", "two: bool",
                          "normalize: bool"},
                         {"scores: float", "bias: float"}, {"indices: int32", "gates: float"});
+  const char* eight_bits = "V: type";  // a list of types can't name float8_e4m3fn
+  declare<quantize_op>("DsQuantize", {kType, eight_bits, "rows: int", "columns: int", "two: bool"},
+                       {"x: T"}, {"values: V", "scales: float"});
+  declare<dequantize_op>("DsDequantize", {kType, eight_bits, "rows: int", "columns: int"},
+                         {"values: V", "scales: float"}, {"y: T"});
 }
 
 }  // namespace ds

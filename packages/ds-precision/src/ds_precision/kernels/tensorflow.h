@@ -147,7 +147,8 @@ struct Attributes {
   bool transpose, keep, interleave;
   float scale, epsilon;
   int32_t chosen = 1, groups = 1, best_groups = 1;  // of a route, as are the next two
-  bool two = false, normalize = false;
+  bool two = false, normalize = false;  // `two` of blocks: scales are powers of two
+  int32_t rows = 1, columns = 1;        // of a block
 };
 
 bool flag(TF_OpKernelConstruction* context, const char* name) {

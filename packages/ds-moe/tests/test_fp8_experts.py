@@ -1,0 +1,118 @@
+"""FP8 experts against one expert after the other in NumPy with ml_dtypes."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from ds_moe import MixtureOfExperts, MoEConfig
+from ds_moe.fp8_experts import fp8_experts
+from ds_precision import Fp8Policy, Fp8Recipe, watch_fp8
+
+E4M3 = ml_dtypes.float8_e4m3fn
+
+
+def rounded(x, block, power_of_two=False):
+    """What a matrix becomes, in float64, one block after the other."""
+    found = np.zeros(x.shape)
+    for r in range(0, x.shape[0], block[0]):
+        for c in range(0, x.shape[1], block[1]):
+            here = np.s_[r : r + block[0], c : c + block[1]]
+            amax = np.float32(np.abs(x[here]).max())
+            scale = np.float32(1) if amax == 0 else amax / np.float32(448)
+            if power_of_two:
+                least = np.maximum(amax, np.float32(1e-4)) / np.float32(448)
+                scale = np.float32(2.0) ** np.ceil(np.log2(least))
+            small = np.clip(x[here] / scale, -448, 448).astype(E4M3)
+            found[here] = small.astype(np.float64) * scale
+    return found
+
+
+def slopes(h):
+    gate, up = np.split(h, 2, axis=1)
+    s = 1 / (1 + np.exp(-gate))
+    silu = gate * s
+    return silu * up, up * (s + silu * (1 - s)), silu
+
+
+def one_by_one(x, indices, gates, up, down, dy, tile):
+    """Sections 3.3.1 and 3.3.3 of the paper: one expert after the other."""
+    f32, row, tall, square = np.float32, (1, tile), (tile, 1), (tile, tile)
+    sent_x, sent_dy = rounded(x, row, True), rounded(dy, row, True)
+    y, dx, dgates = np.zeros(x.shape), np.zeros(x.shape), np.zeros(gates.shape)
+    dup, ddown = np.zeros(up.shape), np.zeros(down.shape)
+    for e in range(len(up)):
+        token, k = np.nonzero(indices == e)
+        if not len(token):
+            continue
+        gate, w1, w2 = gates[token, k][:, None], rounded(up[e], square), rounded(down[e], square)
+        h = (sent_x[token] @ w1).astype(f32)
+        np.add.at(y, token, gate * (rounded(slopes(h)[0].astype(f32), row) @ w2))
+        above = sent_dy[token] @ w2.T
+        act, d_gate, d_up = slopes(rounded(h, row))
+        dgates[token, k] = (act * above).sum(axis=1)
+        dh = np.concatenate([gate * above * d_gate, gate * above * d_up], axis=1).astype(f32)
+        ddown[e] = rounded((gate * act).astype(f32), tall).T @ rounded(
+            sent_dy[token].astype(f32), tall
+        )
+        dup[e] = rounded(sent_x[token].astype(f32), tall).T @ rounded(dh, tall)
+        np.add.at(dx, token, rounded(dh, row) @ w1.T)
+    return y, dx, dgates, dup, ddown
+
+
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "inner", "experts", "chosen", "tile"),
+    [(50, 40, 24, 4, 2, 16), (9, 33, 20, 8, 3, 32), (5, 16, 16, 3, 1, 128)],
+)
+def test_equals_one_expert_after_the_other(tokens, hidden, inner, experts, chosen, tile):
+    rng = np.random.default_rng(tokens)
+    x, dy = (rng.normal(size=(tokens, hidden)).astype(np.float32) for _ in range(2))
+    up = (rng.normal(size=(experts, hidden, 2 * inner)) / hidden**0.5).astype(np.float32)
+    down = (rng.normal(size=(experts, inner, hidden)) / inner**0.5).astype(np.float32)
+    gates = rng.random((tokens, chosen)).astype(np.float32)
+    # The last expert gets nothing.
+    indices = np.stack([rng.permutation(experts - 1)[:chosen] for _ in range(tokens)])
+    indices = indices.astype(np.int32)
+    given = [tf.constant(a) for a in (x, gates, up, down)]
+    with tf.GradientTape() as tape:
+        tape.watch(given)
+        x_, gates_, up_, down_ = given
+        y = fp8_experts(x_, tf.constant(indices), gates_, up_, down_, Fp8Recipe(tile=tile))
+    found = [y, *tape.gradient(y, given, tf.constant(dy))]
+    expected = one_by_one(x, indices, gates, up, down, dy, tile)
+    for one, other in zip(found, expected, strict=True):
+        difference = np.abs(one.numpy() - other)
+        # A number that lies between two codes may fall to the other side by a float32 rounding:
+        # few do, and each by one step of E4M3 at most.
+        assert np.quantile(difference, 0.95) <= 3e-6 * np.abs(other).max()
+        assert difference.max() <= 0.07 * np.abs(other).max()
+
+
+def test_the_layer_rounds_experts_and_not_the_router():
+    config = MoEConfig(
+        hidden_size=32,
+        moe_intermediate_size=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+    )
+    layer = MixtureOfExperts(config, dtype=Fp8Policy("mixed_bfloat16", {"tile": 16}), name="mlp")
+    layer.build((None, None, 32))
+    x = tf.random.normal([2, 7, 32])
+    seen = []
+
+    def forward_and_back():
+        with tf.GradientTape() as tape:
+            y = layer(x)[0]
+        return y, tape.gradient(y, layer.trainable_variables)
+
+    with watch_fp8(lambda name, *_: seen.append(name.removeprefix("mlp/"))):
+        y, gradients = forward_and_back()
+    parts = ("input", "weight", "gradient")
+    shared = [f"shared_experts/{name}/{p}" for name in ("gate_up_proj", "down_proj") for p in parts]
+    assert sorted(seen) == sorted(
+        [f"{name}/{p}" for name in ("up", "down") for p in parts] + shared
+    )
+    assert y.dtype == tf.bfloat16
+    assert all(gradient.dtype == tf.float32 for gradient in gradients)
+    assert all(np.any(gradient) for gradient in gradients)

@@ -1,0 +1,309 @@
+"""FP8 training: the three products of every weight on small operands (arXiv 2412.19437, 3.3).
+
+    forward            y  = Q(x, 1x128)    Q(W, 128x128)
+    input's gradient   dx = Q(dy, 1x128)   Q(W, 128x128)^T
+    weight's gradient  dW = Q(x, 128x1)^T  Q(dy, 128x1)
+
+`Q` scales each tile or block by its largest magnitude and rounds to E4M3. Between the passes the
+input is kept in its 8 bits, and tiled anew for the weight's gradient. Sums are float32; weights
+and their gradients stay float32 outside.
+
+The arithmetic is that of FP8 hardware, done on operands that are read back from 8 bits into
+float32 (into bfloat16 where scales are powers of two: that is exact too, and faster). So training
+behaves as it would there; it is not faster here.
+
+Shape letters: T rows (tokens), K inner, N outer size of a weight.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import keras
+import tensorflow as tf
+
+from ds_precision.block_scaling import BlockScaled, dequantize_blocks, quantize_blocks
+from ds_precision.formats import E4M3, E5M2, E5M6, Format, cast
+from ds_precision.products import multiply, multiply_outer, multiply_transposed
+
+FORMATS = {fmt.name: fmt for fmt in (E4M3, E5M2, E5M6)}
+_SUM_STEP = 32  # numbers of the inner size that a tensor core adds at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Fp8Recipe:
+    """How operands are scaled and rounded, and how products are summed.
+
+    The defaults are the paper's. The other values are what it argues against, to compare with.
+
+    Attributes:
+        tile: length of an activation's tile, and side of a weight's block.
+        scaling: "block" by tile and block; "tensor" with one scale a matrix.
+        gradient_format: of what comes back from the layer above: "E4M3" or "E5M2".
+        power_of_two: round all scales up to powers of two, as V3.1 does. (The input of an
+            attention's output projection, in E5M6, has such scales in any case.)
+        accumulator_bits: bits that a running sum keeps, the leading one counted; 0 is float32.
+            Emulated: 32 products are summed in float32, added to the sum, and what does not fit
+            is cut off. The paper reports about 14 for the tensor cores of the H800.
+        promote_every: after how many numbers of the inner size such a sum is moved to a float32
+            one; 0 is never.
+
+    Raises:
+        ValueError: a field is out of range; names it.
+    """
+
+    tile: int = 128
+    scaling: Literal["block", "tensor"] = "block"
+    gradient_format: Literal["E4M3", "E5M2"] = "E4M3"
+    power_of_two: bool = False
+    accumulator_bits: int = 0
+    promote_every: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        if self.tile < 1:
+            raise ValueError(f"tile is {self.tile}; it must be 1 or more (128 in the paper)")
+        if self.scaling not in ("block", "tensor"):
+            raise ValueError(f"scaling is {self.scaling!r}; it must be 'block' or 'tensor'")
+        if self.gradient_format not in ("E4M3", "E5M2"):
+            raise ValueError(
+                f"gradient_format is {self.gradient_format!r}; it must be 'E4M3' or 'E5M2'"
+            )
+        if not (self.accumulator_bits == 0 or 2 <= self.accumulator_bits <= 24):
+            raise ValueError(
+                f"accumulator_bits is {self.accumulator_bits}; it must be 0 (float32) or 2 to 24"
+            )
+        if self.promote_every < 0 or self.promote_every % _SUM_STEP:
+            raise ValueError(
+                f"promote_every is {self.promote_every}; it must be a multiple of {_SUM_STEP}, "
+                "or 0 (never)"
+            )
+
+    @property
+    def gradients(self) -> Format:
+        """The format of what comes back."""
+        return FORMATS[self.gradient_format]
+
+    def rows(self, x: tf.Tensor, fmt: Format = E4M3, seen_as: str = "") -> BlockScaled:
+        """Scale along each row: activations `[..., T, K]` in tiles of 1 x `tile`."""
+        return self._small(x, (1, self.tile), fmt, seen_as)
+
+    def columns(self, x: tf.Tensor, fmt: Format = E4M3, seen_as: str = "") -> BlockScaled:
+        """Scale along each column: activations `[..., T, K]` in tiles of `tile` x 1."""
+        return self._small(x, (self.tile, 1), fmt, seen_as)
+
+    def blocks(self, weight: tf.Tensor, seen_as: str = "") -> BlockScaled:
+        """Scale a weight `[..., K, N]` in square blocks."""
+        return self._small(weight, (self.tile, self.tile), E4M3, seen_as)
+
+    def read(self, small: BlockScaled, dtype: tf.DType) -> tf.Tensor:
+        """Return an operand of a product whose result is to be of `dtype`."""
+        exact = self.power_of_two and dtype == tf.bfloat16
+        kind = tf.bfloat16 if exact else tf.float32
+        if self.scaling == "tensor":
+            return tf.cast(tf.cast(small.values, tf.float32) * small.scales, kind)
+        return dequantize_blocks(small, kind)
+
+    def times(self, a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
+        """Return `a b`, `[T, K] [K, N]`."""
+        return self._summed(a, b) if self.accumulator_bits else multiply(a, b)
+
+    def times_transposed(self, a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
+        """Return `a b^T`, `[T, N] [K, N]`."""
+        if self.accumulator_bits:
+            return self._summed(a, tf.transpose(b))
+        return multiply_transposed(a, b)
+
+    def outer(self, a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
+        """Return `a^T b`, `[T, K] [T, N]`, in float32."""
+        if self.accumulator_bits:
+            return self._summed(tf.transpose(a), b)
+        return multiply_outer(a, b)
+
+    def _small(
+        self, x: tf.Tensor, block: tuple[int, int], fmt: Format, seen_as: str
+    ) -> BlockScaled:
+        if self.scaling == "tensor":
+            found = _one_scale(tf.cast(x, tf.float32), fmt)
+        else:
+            round_up = self.power_of_two or fmt is E5M6
+            found = quantize_blocks(x, block, fmt, power_of_two=round_up)
+        if seen_as and _OBSERVERS:
+            _OBSERVERS[-1](seen_as, tf.cast(x, tf.float32), found, fmt)
+        return found
+
+    def _summed(self, a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
+        """Multiply with the narrow running sum."""
+        a, b = tf.cast(a, tf.float32), tf.cast(b, tf.float32)
+        missing = -tf.shape(a)[1] % _SUM_STEP
+        a, b = tf.pad(a, [[0, 0], [0, missing]]), tf.pad(b, [[0, missing], [0, 0]])
+        steps = tf.shape(a)[1] // _SUM_STEP
+        every = self.promote_every // _SUM_STEP
+        mask = tf.constant(-(1 << (24 - self.accumulator_bits)), tf.int32)
+        zeros = tf.zeros([tf.shape(a)[0], tf.shape(b)[1]])
+
+        def add(
+            i: tf.Tensor, total: tf.Tensor, part: tf.Tensor
+        ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+            at = slice(i * _SUM_STEP, (i + 1) * _SUM_STEP)
+            part += tf.matmul(a[:, at], b[at])
+            part = tf.bitcast(tf.bitcast(part, tf.int32) & mask, tf.float32)
+            if every:
+                full = (i + 1) % every == 0
+                total, part = tf.where(full, total + part, total), tf.where(full, 0.0, part)
+            return i + 1, total, part
+
+        _, total, part = tf.while_loop(
+            lambda i, *_: i < steps, add, (tf.constant(0), zeros, zeros), parallel_iterations=1
+        )
+        return total + part
+
+
+@keras.saving.register_keras_serializable(package="ds_precision")
+class Fp8Policy(keras.dtype_policies.DTypePolicy):
+    """A Keras dtype policy: layers of this project multiply their weights as FP8 training does.
+
+    Variables and what flows between layers have the types of `source`. Embedding, head, router,
+    norms and the core of attention compute in those alone, as in the paper.
+
+    Args:
+        source: "mixed_bfloat16" as the paper trains, or "float32" to study the rounding alone.
+        recipe: how operands are rounded; the mapping that `get_config` returns is accepted too.
+
+    Raises:
+        ValueError: another source; a field of the recipe is out of range.
+    """
+
+    def __init__(
+        self,
+        source: str = "mixed_bfloat16",
+        recipe: Fp8Recipe | Mapping[str, Any] | None = None,
+    ) -> None:
+        if source not in ("mixed_bfloat16", "float32"):
+            raise ValueError(f"source is {source!r}; it must be 'mixed_bfloat16' or 'float32'")
+        super().__init__(source)
+        self.source = source
+        self.recipe = recipe if isinstance(recipe, Fp8Recipe) else Fp8Recipe(**(recipe or {}))
+        self._name = f"fp8_from_{source}"
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what `from_config` needs to make an equal policy."""
+        return {"source": self.source, "recipe": dataclasses.asdict(self.recipe)}
+
+    def __eq__(self, other: object) -> bool:
+        """Say whether layers would compute the same."""
+        return isinstance(other, Fp8Policy) and self.get_config() == other.get_config()
+
+    def __hash__(self) -> int:
+        """Agree with `==`."""
+        return hash((self.source, self.recipe))
+
+
+class RestoresPolicy:
+    """Before `keras.layers.Layer` in a layer's bases: `from_config` brings back an `Fp8Policy`.
+
+    Keras' own restores a policy by its name alone, unless it has one of Keras' quantization modes,
+    which would send calls to Keras' quantized layers.
+    """
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        """Make an equal layer of what `get_config` returned."""
+        dtype = config.get("dtype")
+        if isinstance(dtype, dict):
+            config = config | {"dtype": keras.dtype_policies.deserialize(dtype)}
+        # The layer's own, which stands after this class.
+        return super().from_config(config)  # type: ignore[misc]
+
+
+def fp8_recipe(policy: keras.dtype_policies.DTypePolicy) -> Fp8Recipe | None:
+    """Return the recipe of a layer's `dtype_policy`, or `None` where it has none."""
+    return policy.recipe if isinstance(policy, Fp8Policy) else None
+
+
+def without_fp8(policy: keras.dtype_policies.DTypePolicy) -> keras.dtype_policies.DTypePolicy:
+    """Return the policy for what stays in higher precision: the source's own."""
+    return keras.dtype_policies.get(policy.source) if isinstance(policy, Fp8Policy) else policy
+
+
+def fp8_matmul(
+    x: tf.Tensor,
+    kernel: Any,
+    recipe: Fp8Recipe | None = None,
+    input_format: Format = E4M3,
+    name: str = "",
+) -> tf.Tensor:
+    """Multiply the last axis of `x` by a weight, forward and backward in 8 bits.
+
+    Args:
+        x: `[..., K]`, float32 or bfloat16.
+        kernel: `[K, N]`, tensor or variable of a float type.
+        recipe: how; the paper's if `None`.
+        input_format: of `x`, in both products that it takes part in.
+        name: what `watch_fp8` calls the three operands: `name/input`, `/weight`, `/gradient`.
+
+    Returns:
+        `[..., N]` in the type of `x`. Gradients: of `x` in its type, of the kernel in float32,
+        cast to the kernel's type.
+    """
+    how = recipe or Fp8Recipe()
+
+    @tf.custom_gradient
+    def product(
+        x: tf.Tensor, kernel: tf.Tensor
+    ) -> tuple[tf.Tensor, Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]]:
+        inner, outer = kernel.shape
+        small_x = how.rows(tf.reshape(x, [-1, inner]), input_format, _part(name, "input"))
+        small_w = how.blocks(kernel, _part(name, "weight"))
+        y_TN = how.times(how.read(small_x, x.dtype), how.read(small_w, x.dtype))
+        y = tf.reshape(tf.cast(y_TN, x.dtype), tf.concat([tf.shape(x)[:-1], [outer]], 0))
+
+        def gradient(dy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            dy_TN = tf.reshape(dy, [-1, outer])
+            small_dy = how.rows(dy_TN, how.gradients, _part(name, "gradient"))
+            dx = how.times_transposed(how.read(small_dy, x.dtype), how.read(small_w, x.dtype))
+            tall_x = how.columns(how.read(small_x, x.dtype), input_format)
+            tall_dy = how.columns(dy_TN, how.gradients)
+            dw = how.outer(how.read(tall_x, x.dtype), how.read(tall_dy, x.dtype))
+            return tf.reshape(tf.cast(dx, x.dtype), tf.shape(x)), tf.cast(dw, kernel.dtype)
+
+        return y, gradient
+
+    kernel = tf.convert_to_tensor(kernel)
+    return tf.ensure_shape(product(x, kernel), [*x.shape[:-1], kernel.shape[-1]])
+
+
+Observer = Callable[[str, tf.Tensor, BlockScaled, Format], None]
+_OBSERVERS: list[Observer] = []
+
+
+@contextmanager
+def watch_fp8(observer: Observer) -> Iterator[None]:
+    """Call `observer` for every operand that is rounded while this lasts.
+
+    In a graph that is while it is traced, backward pass included: what the observer makes of the
+    tensors it is shown can be returned from the function.
+
+    Args:
+        observer: gets the operand's name, the operand `[..., R, C]` float32, what became of it,
+            and the format.
+    """
+    _OBSERVERS.append(observer)
+    try:
+        yield
+    finally:
+        _OBSERVERS.remove(observer)
+
+
+def _part(name: str, part: str) -> str:
+    return f"{name}/{part}" if name else ""
+
+
+def _one_scale(x: tf.Tensor, fmt: Format) -> BlockScaled:
+    """Scale each matrix of `[..., R, C]` by its one largest magnitude."""
+    amax = tf.reduce_max(tf.abs(x), axis=[-2, -1], keepdims=True)
+    scales = tf.where(amax == 0.0, 1.0, tf.maximum(amax / fmt.max, 2.0**-126))
+    return BlockScaled(cast(x / scales, fmt), scales, (1, 1))
