@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 
 import keras
 import ml_dtypes
@@ -13,7 +14,7 @@ from reference_weights import weights, write_checkpoint
 from safetensors.numpy import save_file
 
 from ds_model import CausalLM, CheckpointError, ModelConfig
-from ds_model.checkpoint.convert import to_hf, to_keras
+from ds_model.checkpoint.convert import ExpertSlice, to_hf, to_keras
 from ds_model.checkpoint.reader import SINGLE, TensorFiles
 
 RELEASED = next(case for case in CASES if case.name == "released")
@@ -67,7 +68,7 @@ def test_tokenizer_goes_along_and_code_does_not(source, tmp_path):
     (source / "modeling_deepseek.py").write_text("raise SystemExit")
     to_hf(source, tmp_path / "target")
     names = {path.name for path in (tmp_path / "target").iterdir()}
-    assert names == {"config.json", SINGLE, "tokenizer.json", "chat_template.jinja"}
+    assert names == {"config.json", SINGLE, "SHA256SUMS", "tokenizer.json", "chat_template.jinja"}
 
 
 def test_an_absent_mtp_module_stays_absent(source, tmp_path):
@@ -118,6 +119,110 @@ def test_a_killed_conversion_shows_nothing_and_can_be_repeated(source, tmp_path)
     assert [path.name for path in tmp_path.iterdir() if path.name != "source"]  # it had begun
     to_hf(source, target, "float32")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
+
+
+class StoppedError(Exception):
+    """Stands for a kill: nothing here catches it."""
+
+
+def stop_at(share):
+    def progress(done, total):
+        if done >= share * total:
+            raise StoppedError
+
+    return progress
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "fp8"])
+@pytest.mark.parametrize("share", [0.3, 0.7, 1.0])
+def test_a_stopped_conversion_goes_on_and_ends_in_the_same_bytes(source, tmp_path, dtype, share):
+    to_hf(source, tmp_path / "whole", dtype, 9_000)
+    with pytest.raises(StoppedError):
+        to_hf(source, tmp_path / "target", dtype, 9_000, stop_at(share))
+    assert not (tmp_path / "target").exists()
+    steps = []
+    to_hf(source, tmp_path / "target", dtype, 9_000, lambda *step: steps.append(step[0]))
+    assert steps[0] > 1  # what was done was not done again
+    whole, again = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        for name in ("whole", "target")
+    )
+    assert again == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target", "whole"]
+
+
+@pytest.mark.parametrize("change", ["a shard", "the source", "the dtype"])
+def test_what_does_not_fit_any_more_is_done_again(source, tmp_path, change):
+    target, dtype = tmp_path / "target", "bfloat16"
+    with pytest.raises(StoppedError):
+        to_hf(source, target, dtype, 9_000, stop_at(0.6))
+    if change == "a shard":
+        first = next(tmp_path.glob(".target.partial/.model-00001*"))
+        first.write_bytes(first.read_bytes()[:-1] + b"x")
+    elif change == "the source":
+        os.utime(source / SINGLE, ns=(1, 1))
+    else:
+        dtype = "float32"
+    steps = []
+    to_hf(source, target, dtype, 9_000, lambda *step: steps.append(step[0]))
+    assert steps[0] == 1
+    to_hf(source, tmp_path / "whole", dtype, 9_000)
+    for name, array in stored(tmp_path / "whole").items():
+        np.testing.assert_array_equal(stored(target)[name], array)
+
+
+def test_checksums_are_those_of_sha256sum_and_are_held_to(source, tmp_path):
+    target = tmp_path / "target"
+    to_hf(source, target, "bfloat16", 30_000)
+    checked = subprocess.run(  # the system's own tool, not ours
+        ["sha256sum", "--check", "--strict", "SHA256SUMS"],  # noqa: S607
+        cwd=target,
+        capture_output=True,
+        check=True,
+    )
+    shards = sorted(target.glob("*.safetensors"))
+    assert checked.stdout.count(b": OK") == len(shards) > 1
+    content = shards[0].read_bytes()
+    shards[0].write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match=rf"{shards[0].name} has SHA-256 .*get it again"):
+        to_hf(target, tmp_path / "copy")
+    to_hf(target, tmp_path / "copy", check=False)
+    shards[0].unlink()
+    with pytest.raises(CheckpointError, match=f"lists {shards[0].name}, which is not in"):
+        to_hf(target, tmp_path / "other")
+    (target / "SHA256SUMS").write_text("no sum\n")
+    with pytest.raises(CheckpointError, match="no checksum: 'no sum'"):
+        to_hf(target, tmp_path / "other")
+
+
+def test_ranks_slices_are_all_experts_and_what_else_there_is(source, tmp_path):
+    experts = RELEASED.config["n_routed_experts"]
+    whole, met = stored(source), []
+    for rank in range(2):
+        to_hf(source, tmp_path / f"{rank}", experts=ExpertSlice(rank, 2))
+        found = stored(tmp_path / f"{rank}")
+        for name, array in found.items():
+            np.testing.assert_array_equal(array, whole[name])
+        numbers = {
+            int(name.split(".experts.")[1].split(".")[0]) for name in found if ".experts." in name
+        }
+        assert numbers == set(range(rank * experts // 2, (rank + 1) * experts // 2))
+        met.append(set(found))
+        config = json.loads((tmp_path / f"{rank}" / "config.json").read_text())
+        assert config["expert_slice"] == {"rank": rank, "of": 2}
+    assert met[0] | met[1] == set(whole)
+    assert {name for name in whole if ".mlp.experts." not in name} == met[0] & met[1]
+    with pytest.raises(CheckpointError, match=r"missing|experts"):
+        CausalLM.from_pretrained(tmp_path / "0")
+
+
+def test_experts_that_cannot_be_shared_out_are_named(source, tmp_path):
+    with pytest.raises(CheckpointError, match="experts can't be shared out evenly to 3 ranks"):
+        to_hf(source, tmp_path / "target", experts=ExpertSlice(0, 3))
+    for wrong in ("8/8", "x", "1", "-1/4", "1/0"):
+        with pytest.raises(CheckpointError, match=f"experts is '{wrong}'; it must be RANK/OF"):
+            ExpertSlice.parse(wrong)
+    assert ExpertSlice.parse("3/8") == ExpertSlice(3, 8)
 
 
 def test_a_broken_source_is_named(source, tmp_path):

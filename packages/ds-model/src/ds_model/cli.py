@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ds_model.checkpoint.convert import to_hf, to_keras
+from ds_model.checkpoint.convert import ExpertSlice, to_hf, to_keras
 from ds_model.checkpoint.saving import DTypeName
 from ds_model.errors import CheckpointError, ConfigError, TokenizerError
 from ds_model.inspection import Inspection, inspect
@@ -72,13 +72,27 @@ def convert_command(
     to: Annotated[
         Form, typer.Option(help="hf: released layout; keras: one .keras file.")
     ] = Form.HF,
+    experts: Annotated[
+        str | None,
+        typer.Option(metavar="RANK/OF", help="Only one rank's routed experts, and all else."),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option(help="Hold SRC to its SHA256SUMS first, if it has any.")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
-    """Write a checkpoint in another dtype or form. DST appears only when it is whole."""
+    """Write a checkpoint in another dtype or form. DST appears only when it is whole.
+
+    A conversion that was stopped goes on where it was when it is called again. DST gets a
+    SHA256SUMS, which `sha256sum --check` reads.
+    """
     with _one_line_errors(), _progress_bar(source.name) as progress:
         if to is Form.HF:
             wanted = cast("DTypeName | Literal['fp8'] | None", dtype and dtype.value)
-            to_hf(source, target, wanted, progress=progress)
+            share = None if experts is None else ExpertSlice.parse(experts)
+            to_hf(source, target, wanted, progress=progress, experts=share, check=check)
+        elif experts is not None:
+            raise CheckpointError("--experts is the released layout's: leave out --to keras")
         elif dtype is StoredDType.FP8:
             raise CheckpointError("--dtype fp8 is the released layout's: leave out --to keras")
         else:

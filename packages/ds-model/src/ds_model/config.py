@@ -12,7 +12,11 @@ from ds_attention import AttentionConfig, YarnConfig
 from ds_model.errors import ConfigError
 from ds_moe import MoEConfig
 
-MODEL_TYPES = {"deepseek_v3": "DeepseekV3ForCausalLM", "deepseek_v2": "DeepseekV2ForCausalLM"}
+MODEL_TYPES = {
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "kimi_k2": "DeepseekV3ForCausalLM",  # the same architecture under a name of its own
+}
 YARN_FIELDS = {field.name for field in fields(YarnConfig)}
 
 
@@ -33,7 +37,7 @@ class ModelConfig:
         rms_norm_eps: epsilon of the norms on the residual stream [1e-6]. The norms of the two
             latents use 1e-6 whatever this says, as the reference implementation does.
         rope_scaling: YaRN; a mapping with the released names is accepted too.
-        model_type: "deepseek_v3" or "deepseek_v2".
+        model_type: "deepseek_v3", "deepseek_v2", or "kimi_k2", whose arithmetic is V3's.
 
     Raises:
         ConfigError: a value is out of range or two do not fit; names the field.

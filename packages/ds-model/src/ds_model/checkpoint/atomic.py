@@ -33,12 +33,17 @@ def publish(draft: Path, path: Path) -> None:
     Raises:
         OSError: it can't be written or renamed.
     """
-    _sync(draft)
+    sync(draft)
     draft.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file or directory to disk.
+
+    Raises:
+        OSError: it can't be.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

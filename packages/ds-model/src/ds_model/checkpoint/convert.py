@@ -2,11 +2,12 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 from zipfile import BadZipFile
 
 import keras
@@ -14,6 +15,7 @@ import keras
 from ds_model.checkpoint import atomic
 from ds_model.checkpoint.checking import check_layout, present_depth
 from ds_model.checkpoint.fp8 import SCALES, is_quantized, quantization_config, quantize
+from ds_model.checkpoint.journal import Journal, verify
 from ds_model.checkpoint.reader import INDEX, TensorFiles, check_directory, read_json
 from ds_model.checkpoint.saving import KEPT_FLOAT32, DTypeName, save, stored_dtype
 from ds_model.checkpoint.writer import MAX_SHARD_BYTES, TensorWriter
@@ -27,6 +29,46 @@ Progress = Callable[[int, int], None]
 """Called with the tensors done and the tensors in all."""
 
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "LICENSE*")
+_EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.")
+
+
+class ExpertSlice(NamedTuple):
+    """One rank's share of the routed experts: as many neighbours as every other rank's.
+
+    Attributes:
+        rank: from 0.
+        of: ranks that share the experts.
+    """
+
+    rank: int
+    of: int
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read `RANK/OF`, such as `0/8`.
+
+        Raises:
+            CheckpointError: it is not that; the rank is out of range.
+        """
+        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+        found = cls(*map(int, match.groups())) if match else cls(0, 0)
+        if not found.rank < found.of:
+            raise CheckpointError(f"experts is {text!r}; it must be RANK/OF, such as 0/8 to 7/8")
+        return found
+
+    def has(self, name: str, config: ModelConfig) -> bool:
+        """Say whether a tensor belongs to this rank.
+
+        Raises:
+            CheckpointError: the experts can't be shared out evenly.
+        """
+        experts = config.n_routed_experts or 0
+        if experts % self.of:
+            raise CheckpointError(
+                f"{experts} experts can't be shared out evenly to {self.of} ranks"
+            )
+        match = _EXPERT.search(name)
+        return match is None or int(match.group(1)) * self.of // experts == self.rank
 
 
 def to_hf(
@@ -35,10 +77,14 @@ def to_hf(
     dtype: DTypeName | Literal["fp8"] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress = lambda done, total: None,  # noqa: ARG005 - named for the reader
+    experts: ExpertSlice | None = None,
+    check: bool = True,
 ) -> None:
     """Write a released directory from another one, or from a `.keras` file.
 
     A directory is read and written tensor by tensor, its tokenizer and other JSON files copied.
+    One that is stopped, by a kill or a full disk, goes on with the next shard when it is called
+    again. The target gets a list of checksums, SHA256SUMS.
 
     Args:
         source: the directory or the `.keras` file.
@@ -47,31 +93,46 @@ def to_hf(
             the released form: linear maps in E4M3 with a scale a block, all else bfloat16.
         max_shard_bytes: above it, shards with an index.
         progress: told how far it is.
+        experts: write these routed experts alone, and everything else, for one rank.
+        check: hold the source to its SHA256SUMS first, if it has any.
 
     Raises:
-        CheckpointError: the source is not a whole checkpoint; the target exists; no room; a value
-            does not fit float16.
+        CheckpointError: the source is not a whole checkpoint, or not what its checksums say; the
+            target exists; no room; a value does not fit float16; experts that can't be shared out.
         ConfigError: the source's `config.json` is wrong.
     """
     with _staged(target) as stage:
         if source.is_file():
-            if dtype == "fp8":
-                raise CheckpointError(f"{source} is a .keras file; fp8 is made of a directory")
+            if dtype == "fp8" or experts:
+                what = "fp8 is" if dtype == "fp8" else "slices are"
+                raise CheckpointError(f"{source} is a .keras file; {what} made of a directory")
             save(_load_keras(source), stage, dtype, max_shard_bytes)
             progress(1, 1)
             return
         config = ModelConfig.from_pretrained(check_directory(source))
-        stage.mkdir()
+        if check:
+            verify(source)
+        stage.mkdir(exist_ok=True)
         with TensorFiles(source) as files:
             depth = present_depth(files, config)
             check_layout(files, config.replace(num_nextn_predict_layers=depth))
-            _check_room(_bytes_needed(files, dtype), stage)
-            total = sum(2 if _split(name, dtype) else 1 for name in _taken(files, dtype))
-            with TensorWriter(stage, max_shard_bytes, lambda done: progress(done, total)) as writer:
-                _copy_tensors(files, writer, dtype)
+            taken = _taken(files, dtype)
+            if experts:
+                taken = [name for name in taken if experts.has(name, config)]
+            origin = {"source": _fingerprint(source), "dtype": dtype, "experts": experts}
+            journal = Journal(stage, origin | {"max_shard_bytes": max_shard_bytes})
+            done = sum(shard.tensor_bytes for shard in journal.shards)
+            _check_room(_bytes_needed(files, taken, dtype) - done, stage)
+            total = sum(2 if _split(name, dtype) else 1 for name in taken)
+            with TensorWriter(
+                stage, max_shard_bytes, lambda done: progress(done, total), journal
+            ) as writer:
+                _copy_tensors(files, taken, writer, dtype)
                 writer.finish()
         _copy_companions(source, stage)
         values = _config_of(read_json(source / "config.json"), dtype)
+        if experts:
+            values["expert_slice"] = experts._asdict()
         atomic.write(stage / "config.json", (json.dumps(values, indent=2) + "\n").encode())
 
 
@@ -85,28 +146,37 @@ def _split(name: str, dtype: str | None) -> bool:
     return dtype == "fp8" and is_quantized(name)
 
 
-def _copy_tensors(files: TensorFiles, writer: TensorWriter, dtype: Any) -> None:
+def _copy_tensors(files: TensorFiles, taken: list[str], writer: TensorWriter, dtype: Any) -> None:
     other: DTypeName | None = "bfloat16" if dtype == "fp8" else dtype
-    for name in _taken(files, dtype):
+    for name in taken:
+        if writer.has(name) and (not _split(name, dtype) or writer.has(name + SCALES)):
+            continue
         if dtype is None:
             writer.add(name, files.stored(name))
         elif _split(name, dtype):
             values, scales = quantize(files.read(name))
-            writer.add(name, values)
-            writer.add(name + SCALES, scales)
+            for part, array in ((name, values), (name + SCALES, scales)):
+                if not writer.has(part):
+                    writer.add(part, array)
         else:
             writer.add(name, files.read(name), stored_dtype(name, other))
 
 
-def _bytes_needed(files: TensorFiles, dtype: str | None) -> int:
+def _bytes_needed(files: TensorFiles, taken: list[str], dtype: str | None) -> int:
     """At most so many bytes are written."""
     if dtype is None:
-        return files.nbytes
+        return sum(files.stored(name).nbytes for name in taken)
     wide = dtype == "float32"
     return sum(
         (4 if wide or name.endswith(KEPT_FLOAT32) else 2) * math.prod(files.shape(name))
-        for name in files.names
+        for name in taken
     )
+
+
+def _fingerprint(source: Path) -> list[tuple[str, int, int]]:
+    """Tells a source from one that was changed: names, sizes and times of its files."""
+    found = [(path.name, path.stat()) for path in sorted(source.iterdir()) if path.is_file()]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
 
 
 def _config_of(values: dict[str, Any], dtype: str | None) -> dict[str, Any]:
@@ -154,15 +224,26 @@ def _staged(target: Path) -> Iterator[Path]:
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise CheckpointError(f"{target} exists: name a new directory, nothing is overwritten")
     stage = atomic.partial(target.absolute())
+    if not (stage / Journal.NAME).is_file():
+        _remove(stage)  # left by a run that was killed before it got anything done
     try:
-        _remove(stage)  # left by a run that was killed
         target.parent.mkdir(parents=True, exist_ok=True)
         yield stage
         atomic.publish(stage, target)
     except OSError as error:
-        raise CheckpointError(f"{target} can't be written: {error}") from error
+        raise CheckpointError(f"{target} can't be written: {error}{_goes_on(stage)}") from error
+    except CheckpointError as error:
+        if isinstance(error.__cause__, OSError):
+            raise CheckpointError(f"{error}{_goes_on(stage)}") from error.__cause__
+        _remove(stage)  # what was asked for can't be had
+        raise
     finally:
-        _remove(stage)
+        if not (stage / Journal.NAME).is_file():
+            _remove(stage)
+
+
+def _goes_on(stage: Path) -> str:
+    return "; run it again to go on" if (stage / Journal.NAME).is_file() else ""
 
 
 def _remove(place: Path) -> None:
@@ -182,7 +263,7 @@ def _check_room(needed: int, place: Path) -> None:
 def _copy_companions(source: Path, stage: Path) -> None:
     for pattern in _COMPANIONS:
         for path in source.glob(pattern):
-            if path.is_file() and path.name not in (INDEX, "config.json"):
+            if path.is_file() and path.name not in (INDEX, Journal.NAME, "config.json"):
                 shutil.copyfile(path, stage / path.name)
 
 

@@ -1,5 +1,6 @@
 """Writing a released directory: safetensors in shards, an index, and never half a file."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 
 from ds_model.checkpoint import atomic
 from ds_model.checkpoint.fp8 import Fp8Matrix
+from ds_model.checkpoint.journal import SUMS, Journal, Shard
 from ds_model.checkpoint.mapped_file import READABLE
 from ds_model.checkpoint.reader import INDEX, SINGLE
 from ds_model.checkpoint.transforms import Array, blocks
@@ -39,6 +41,9 @@ class TensorWriter:
         max_shard_bytes: a shard closes before it would pass this; one larger tensor is a
             shard of its own.
         progress: called after each tensor with the number of those written.
+        journal: what an earlier writer got done in the same directory, and where this one notes
+            what it does; a writer that has one leaves finished shards when it is stopped, and
+            `finish` writes SHA256SUMS.
 
     Raises:
         CheckpointError: the directory can't be made.
@@ -49,14 +54,23 @@ class TensorWriter:
         directory: Path | str,
         max_shard_bytes: int = MAX_SHARD_BYTES,
         progress: Callable[[int], None] = lambda done: None,  # noqa: ARG005 - named for the reader
+        journal: Journal | None = None,
     ) -> None:
         self._directory = Path(directory)
+        self._journal = journal
         self._limit = max_shard_bytes
         self._progress = progress
         self._pending: dict[str, _Pending] = {}
-        self._drafts: list[Path] = []
-        self._shard_of: dict[str, int] = {}
-        self._held = self._total = self._written = 0
+        done = journal.shards if journal else []
+        self._drafts: list[Path] = [self._directory / shard.draft for shard in done]
+        self._sums: list[str] = [shard.sha256 for shard in done]
+        self._done = {name for shard in done for name in shard.tensors}
+        self._shard_of: dict[str, int] = {
+            name: number for number, shard in enumerate(done) for name in shard.tensors
+        }
+        self._held = 0
+        self._total = sum(shard.tensor_bytes for shard in done)
+        self._written = len(self._done)
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -72,9 +86,19 @@ class TensorWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Remove drafts that were not published."""
+        """Remove drafts that were not published, but for those that the journal holds."""
+        kept = (
+            {self._directory / shard.draft for shard in self._journal.shards}
+            if self._journal
+            else ()
+        )
         for draft in self._drafts:
-            draft.unlink(missing_ok=True)
+            if draft not in kept:
+                draft.unlink(missing_ok=True)
+
+    def has(self, name: str) -> bool:
+        """Say whether an earlier writer has written this tensor: it needs no `add`."""
+        return name in self._done
 
     def add(
         self, name: str, array: Array | Fp8Matrix, dtype: np.dtype[np.generic] | None = None
@@ -122,6 +146,12 @@ class TensorWriter:
             for draft, name in zip(self._drafts, names, strict=True):
                 atomic.publish(draft, self._directory / name)
             self._drafts.clear()
+            if self._journal:
+                lines = [
+                    f"{found}  {name}\n" for found, name in zip(self._sums, names, strict=True)
+                ]
+                atomic.write(self._directory / SUMS, "".join(lines).encode())
+                self._journal.close()
             if count > 1:
                 weight_map = {name: names[shard] for name, shard in self._shard_of.items()}
                 index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
@@ -133,6 +163,9 @@ class TensorWriter:
             raise CheckpointError(f"{self._directory} can't be written: {error}") from error
 
     def _write_shard(self) -> None:
+        if not self._pending and self._done:
+            return  # all that was left to do was done before
+        digest = hashlib.sha256() if self._journal else None
         draft = atomic.partial(self._directory / f"model-{len(self._drafts) + 1:05d}.safetensors")
         self._drafts.append(draft)
         # As safetensors orders them. Larger numbers first, so that each tensor lies at a multiple
@@ -140,15 +173,25 @@ class TensorWriter:
         order = sorted(self._pending.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
         try:
             with draft.open("wb") as file:
-                file.write(_header(order))
+                header = _header(order)
+                file.write(header)
+                if digest:
+                    digest.update(header)
                 for name, tensor in order:
                     for rows in blocks(tensor.array):
                         block = _rounded(name, tensor.array[rows], tensor.dtype)
-                        np.ascontiguousarray(block).tofile(file)
+                        block = np.ascontiguousarray(block)
+                        block.tofile(file)
+                        if digest:
+                            digest.update(block.reshape(-1).view(np.uint8).data)
                     self._written += 1
                     self._progress(self._written)
         except OSError as error:
             raise CheckpointError(f"{draft} can't be written: {error}") from error
+        if self._journal and digest:
+            self._sums.append(digest.hexdigest())
+            names = list(self._pending)
+            self._journal.add(Shard(draft.name, digest.hexdigest(), names, self._held))
         self._pending, self._held = {}, 0
 
 
