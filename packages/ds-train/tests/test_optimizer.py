@@ -1,6 +1,7 @@
 """AdamW against the published formula of torch.optim.AdamW, computed in numpy float64."""
 
 import keras
+import ml_dtypes
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -86,3 +87,35 @@ def test_fits_a_keras_model_and_serialises():
     assert model.evaluate(x, y, verbose=0) < 1e-2
     again = keras.optimizers.deserialize(keras.optimizers.serialize(model.optimizer))
     assert again.get_config() == model.optimizer.get_config()
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_bfloat16_moments_are_rounded_between_steps_and_nothing_else(compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr("ds_train.optimizer.use_kernels", lambda *_: False)
+
+    def small(x):
+        return x.astype(ml_dtypes.bfloat16).astype(np.float64)
+
+    rng = np.random.default_rng(4)
+    p, grads = rng.normal(size=(7, 5)), rng.normal(size=(5, 7, 5))
+    variable = keras.Variable(p, dtype="float32")
+    optimizer = AdamW(1e-2, 0.9, 0.95, weight_decay=0.1, moments="bfloat16")
+    optimizer.build([variable])
+    assert {m.dtype for m in [*optimizer.momentums, *optimizer.velocities]} == {"bfloat16"}
+    m, v = np.zeros_like(p), np.zeros_like(p)
+    for t, g in enumerate(grads, start=1):
+        optimizer.apply([tf.constant(g, tf.float32)])
+        p = p - 1e-2 * 0.1 * p
+        m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
+        p = p - 1e-2 * m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.95**t)) + 1e-8)
+        m, v = small(m), small(v)
+    np.testing.assert_allclose(variable.numpy(), p, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(small(optimizer.momentums[0].numpy()), m, rtol=2**-7, atol=1e-6)
+    np.testing.assert_allclose(small(optimizer.velocities[0].numpy()), v, rtol=2**-7, atol=1e-6)
+    assert AdamW.from_config(optimizer.get_config()).moments == "bfloat16"
+
+
+def test_unknown_moments_are_refused():
+    with pytest.raises(ValueError, match=r"moments is 'float16'.*'float32' or 'bfloat16'"):
+        AdamW(moments="float16")

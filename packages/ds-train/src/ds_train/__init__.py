@@ -8,6 +8,7 @@ from ds_train.optimizer import AdamW
 from ds_train.pretrain import RunResult, pretrain
 from ds_train.quickstart import quickstart, quickstart_config
 from ds_train.schedule import WarmupConstantCosine
+from ds_train.stability import OperandStats, StabilityMetrics
 from ds_train.trainer import Trainer
 
 __all__ = [
@@ -15,7 +16,9 @@ __all__ = [
     "Callback",
     "CheckpointError",
     "DataError",
+    "OperandStats",
     "RunResult",
+    "StabilityMetrics",
     "StepMetrics",
     "TrainConfig",
     "TrainConfigError",

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ds_train.stability import StabilityMetrics
+
 
 @dataclass(frozen=True)
 class StepMetrics:
@@ -21,6 +23,8 @@ class StepMetrics:
         tokens_per_second: Over the time since the last report of this kind.
         max_violation: For each expert layer `max(load) / mean(load) - 1`.
         loads: `[expert layers, experts]` float32, tokens that each expert got.
+        skipped: Steps so far that changed nothing because a gradient was not finite.
+        loss_scale: What the loss was multiplied by; 1 but in float16.
     """
 
     step: int
@@ -33,6 +37,8 @@ class StepMetrics:
     tokens_per_second: float
     max_violation: tuple[float, ...]
     loads: np.ndarray
+    skipped: int = 0
+    loss_scale: float = 1.0
 
 
 class Callback:
@@ -43,6 +49,9 @@ class Callback:
 
     def on_step(self, metrics: StepMetrics) -> None:
         """An optimizer step was done."""
+
+    def on_stability(self, metrics: StabilityMetrics) -> None:
+        """What rounding did was looked at; `[train] watch_every` says how often."""
 
     def on_checkpoint(self, path: Path) -> None:
         """A checkpoint is complete on disk."""

@@ -10,9 +10,11 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+from keras.dtype_policies import DTypePolicy
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ds_model import ConfigError, ModelConfig
+from ds_precision import Fp8Policy, Fp8Recipe
 from ds_train.errors import TrainConfigError
 from ds_train.schedule import WarmupConstantCosine
 
@@ -54,13 +56,17 @@ class DataTable(_Table):
 
 
 class OptimizerTable(_Table):
-    """`[optimizer]`: AdamW and gradient clipping."""
+    """`[optimizer]`: AdamW and gradient clipping.
+
+    `moments`: what both moments are kept in; DeepSeek-V3 was trained with bfloat16.
+    """
 
     beta_1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta_2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    moments: Literal["float32", "bfloat16"] = "float32"
 
 
 class ScheduleTable(_Table):
@@ -94,13 +100,20 @@ class LossTable(_Table):
 
 
 class TrainTable(_Table):
-    """`[train]`: how long, how much at a time, in what precision, what is held meanwhile."""
+    """`[train]`: how long, how much at a time, in what precision, what is held meanwhile.
+
+    `nonfinite`: what a step does whose gradient is not finite: end the run, or change nothing and
+    be counted. In float16, whose loss is scaled to find out how far it may be, such steps are
+    always skipped. `watch_every`: steps between looks at what rounding does; 0 is never.
+    """
 
     steps: Positive = 1000
     batch_size: Positive = 8
     accumulation: Positive = 1
     seed: Annotated[int, Field(ge=0)] = 0
-    dtype_policy: Literal["float32", "mixed_bfloat16"] = "float32"
+    dtype_policy: Literal["float32", "mixed_bfloat16", "mixed_float16", "fp8"] = "float32"
+    nonfinite: Literal["stop", "skip"] = "stop"
+    watch_every: Annotated[int, Field(ge=0)] = 0
     recompute: Literal["none", "block"] = "none"
     log_every: Positive = 10
 
@@ -112,6 +125,22 @@ class TrainTable(_Table):
                 "(sequences an optimizer step, over all micro-batches)"
             )
             raise ValueError(msg)
+        return self
+
+
+class Fp8Table(_Table):
+    """`[fp8]`: how `dtype_policy = "fp8"` rounds; see `ds_precision.Fp8Recipe`."""
+
+    tile: Positive = 128
+    scaling: Literal["block", "tensor"] = "block"
+    gradient_format: Literal["E4M3", "E5M2"] = "E4M3"
+    power_of_two: bool = False
+    accumulator_bits: Annotated[int, Field(ge=0, le=24)] = 0
+    promote_every: Annotated[int, Field(ge=0, multiple_of=32)] = 0
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        Fp8Recipe(**self.model_dump())
         return self
 
 
@@ -132,6 +161,7 @@ class TrainConfig(_Table):
         schedule: Learning rate.
         loss: Weights of the losses, and the bias update.
         train: Steps, batch, seed, precision.
+        fp8: Rounding, where the precision is FP8.
         checkpoint: How often to save.
     """
 
@@ -141,6 +171,7 @@ class TrainConfig(_Table):
     schedule: ScheduleTable = ScheduleTable()
     loss: LossTable = LossTable()
     train: TrainTable = TrainTable()
+    fp8: Fp8Table = Fp8Table()
     checkpoint: CheckpointTable = CheckpointTable()
 
     @classmethod
@@ -180,6 +211,12 @@ class TrainConfig(_Table):
         except ConfigError as error:
             raise TrainConfigError(f"{source}: [model] {error}") from error
         return config
+
+    def policy(self) -> DTypePolicy:
+        """Returns what the model's layers compute in."""
+        if self.train.dtype_policy == "fp8":
+            return Fp8Policy("mixed_bfloat16", self.fp8.model_dump())
+        return DTypePolicy(self.train.dtype_policy)
 
     def learning_rate(self) -> WarmupConstantCosine:
         """Returns the schedule in steps of this run; warm-up never passes its first phase."""

@@ -6,6 +6,32 @@ from pathlib import Path
 from typing import IO, Any
 
 from ds_train.callbacks import Callback, StepMetrics
+from ds_train.stability import StabilityMetrics
+
+
+class _Lines:
+    """A JSON Lines file that grows; lines of steps that are not done are dropped first."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: IO[str] | None = None
+
+    def open(self, step: int) -> None:
+        kept = [row for row in read_metrics(self._path) if row["step"] <= step]
+        part = self._path.with_suffix(".part")
+        part.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        part.replace(self._path)
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def write(self, row: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 class MetricsLog(Callback):
@@ -20,39 +46,52 @@ class MetricsLog(Callback):
     """
 
     def __init__(self, path: Path, every: int) -> None:
-        self._path = path
+        self._lines = _Lines(path)
         self._every = every
         self._steps = 0
-        self._file: IO[str] | None = None
 
     def on_start(self, step: int, steps: int) -> None:
         """Opens the file and drops lines of steps that are not done."""
         self._steps = steps
-        kept = [row for row in read_metrics(self._path) if row["step"] <= step]
-        part = self._path.with_suffix(".part")
-        part.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        part.replace(self._path)
-        self._file = self._path.open("a", encoding="utf-8")
+        self._lines.open(step)
 
     def on_step(self, metrics: StepMetrics) -> None:
         """Writes a line if it is time."""
-        if self._file is None or not (
-            metrics.step % self._every == 0 or metrics.step in (1, self._steps)
-        ):
+        if not (metrics.step % self._every == 0 or metrics.step in (1, self._steps)):
             return
         row = asdict(metrics) | {
             "max_violation": [round(v, 4) for v in metrics.max_violation],
             "loads": metrics.loads.astype(int).tolist(),
             "tokens_per_second": round(metrics.tokens_per_second, 1),
         }
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self._lines.write(row)
 
     def on_end(self, step: int) -> None:  # noqa: ARG002 - the hook's signature
         """Closes the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._lines.close()
+
+
+class StabilityLog(Callback):
+    """Writes `StabilityMetrics` to a JSON Lines file, a line a look; resumes as `MetricsLog`.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._lines = _Lines(path)
+
+    def on_start(self, step: int, steps: int) -> None:  # noqa: ARG002 - the hook's signature
+        """Opens the file and drops lines of steps that are not done."""
+        self._lines.open(step)
+
+    def on_stability(self, metrics: StabilityMetrics) -> None:
+        """Writes a line."""
+        self._lines.write(metrics.as_json())
+
+    def on_end(self, step: int) -> None:  # noqa: ARG002 - the hook's signature
+        """Closes the file."""
+        self._lines.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -42,6 +42,8 @@ class AdamW(keras.optimizers.Optimizer):
         epsilon: Added after the bias correction, as torch does.
         weight_decay: Fraction of the learning rate by which matrices shrink each step.
         name: Name of the optimizer.
+        moments: What both moments are kept in: "float32" (the variable's type, if that is
+            another), or "bfloat16" as in DeepSeek-V3's training; updates are computed in float32.
         **options: What every `keras.optimizers.Optimizer` takes, `global_clipnorm` for one.
     """
 
@@ -53,6 +55,7 @@ class AdamW(keras.optimizers.Optimizer):
         epsilon: float = 1e-8,
         weight_decay: float = 0.1,
         name: str = "adamw",
+        moments: str = "float32",
         **options: Any,
     ) -> None:
         super().__init__(
@@ -61,16 +64,27 @@ class AdamW(keras.optimizers.Optimizer):
         self.beta_1 = beta_1
         self.beta_2 = beta_2
         self.epsilon = epsilon
+        if moments not in ("float32", "bfloat16"):
+            raise ValueError(f"moments is {moments!r}; it must be 'float32' or 'bfloat16'")
+        self.moments = moments
         self._scale: float | tf.Tensor = 1.0
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
-        """Creates the two moments of every variable, in the variable's shape and dtype."""
+        """Creates the two moments of every variable, in the variable's shape."""
         if self.built:
             return
         super().build(variables)
-        self.momentums, self.velocities = self.add_optimizer_variables(
-            variables, ["momentum", "velocity"]
-        )
+        if self.moments == "float32":
+            names = ["momentum", "velocity"]
+            self.momentums, self.velocities = self.add_optimizer_variables(variables, names)
+            return
+
+        def small(variable: keras.Variable, name: str) -> keras.Variable:
+            path = f"{variable.path.replace('/', '_')}_{name}"
+            return self.add_variable(variable.shape, dtype="bfloat16", name=path)
+
+        self.momentums = [small(variable, "momentum") for variable in variables]
+        self.velocities = [small(variable, "velocity") for variable in variables]
 
     def apply(
         self,
@@ -129,6 +143,8 @@ class AdamW(keras.optimizers.Optimizer):
         gradient = tf.cast(gradient, variable.dtype)
         if variable.dtype == tf.float32 and use_kernels(gradient):
             self._update_fused(gradient, (variable.handle, *moments), scalars)
+        elif self.moments == "bfloat16":
+            self._update_small(gradient, variable, index, scalars, decays)
         else:
             if decays:
                 variable.assign_sub(variable * scalars[3])
@@ -140,15 +156,42 @@ class AdamW(keras.optimizers.Optimizer):
         # One variable after the other: each update makes new tensors, and the old ones should
         # be gone before the next does.
         with tf.control_dependencies(self._updated):
-            old = [tf.raw_ops.ReadVariableOp(resource=h, dtype=tf.float32) for h in handles]
+            kept = tf.as_dtype(self.moments)
+            types = (tf.float32, kept, kept)
+            old = [
+                tf.cast(tf.raw_ops.ReadVariableOp(resource=handle, dtype=dtype), tf.float32)
+                for handle, dtype in zip(handles, types, strict=True)
+            ]
             for tensor in old:
                 tensor.set_shape(gradient.shape)
             new = fused_adamw(old[0], old[1], old[2], gradient, scalars)
         writes = [
-            tf.raw_ops.AssignVariableOp(resource=handle, value=value)
-            for handle, value in zip(handles, new, strict=True)
+            tf.raw_ops.AssignVariableOp(resource=handle, value=tf.cast(value, dtype))
+            for handle, value, dtype in zip(handles, new, types, strict=True)
         ]
         self._updated[:] = [write for write in writes if write is not None]  # none if eager
+
+    def _update_small(
+        self,
+        gradient: tf.Tensor,
+        variable: tf.Variable,
+        index: int,
+        scalars: tf.Tensor,
+        decays: bool,
+    ) -> None:
+        """Update by stock operations where moments are bfloat16.
+
+        `ResourceApplyAdam` has moments of the variable's type alone.
+        """
+        scale, rate, epsilon, decay, beta_1, beta_2 = tf.unstack(scalars)
+        g = gradient * scale
+        m, v = (tf.cast(kept[index].value, g.dtype) for kept in (self.momentums, self.velocities))
+        m += (1.0 - beta_1) * (g - m)
+        v += (1.0 - beta_2) * (g * g - v)
+        shrunk = variable * (1.0 - decay) if decays else variable
+        variable.assign(shrunk - rate * m / (tf.sqrt(v) + epsilon))
+        self.momentums[index].assign(tf.cast(m, tf.bfloat16))
+        self.velocities[index].assign(tf.cast(v, tf.bfloat16))
 
     def _apply_weight_decay(self, variables: Sequence[keras.Variable]) -> None:
         """Do nothing: `update_step` decays, where the scalars are."""
@@ -160,6 +203,7 @@ class AdamW(keras.optimizers.Optimizer):
         """Returns the constructor's arguments, for Keras serialisation."""
         config = super().get_config()
         config.update(beta_1=self.beta_1, beta_2=self.beta_2, epsilon=self.epsilon)
+        config.update(moments=self.moments)
         return config
 
 

@@ -33,7 +33,7 @@ def measure_step(config: TrainConfig) -> int:
     if sys.platform != "linux":
         raise TrainError(f"memory is measured on Linux only; this is {sys.platform}")
     table, length = config.train, config.data.sequence_length + 1
-    model = CausalLM(config.model.build(), dtype=table.dtype_policy)
+    model = CausalLM(config.model.build(), dtype=config.policy())
     compiled = TrainStep(model, AdamW(config.learning_rate()), config).compiled
     # One graph for few tokens and for many: the first call optimises it and makes its plan,
     # which takes tens of megabytes.

@@ -23,13 +23,17 @@ from ds_train.config import TrainConfig
 from ds_train.losses import pretraining_loss
 from ds_train.optimizer import AdamW
 
+# Loss scaling as mixed precision training has it (arXiv 1710.03740, section 3.2).
+_FIRST_SCALE, _GROWS_AFTER = 2.0**15, 2000
+
 
 class StepOutput(NamedTuple):
     """What one optimizer step gives back.
 
     Attributes:
         scalars: `loss`, `cross_entropy`, `mtp_cross_entropy` (nats a token),
-            `balance_loss`, `gradient_norm` (before clipping), `learning_rate`; float32.
+            `balance_loss`, `gradient_norm` (before clipping), `learning_rate`, `loss_scale`, and
+            `applied` (0 where the step changed nothing); float32.
         loads: `[L, E]` float32: tokens that each expert got in this step.
     """
 
@@ -53,6 +57,12 @@ class TrainStep:
         model: Whose trainable variables are trained.
         optimizer: Already carries the learning-rate schedule.
         config: Loss weights, clipping, accumulation.
+
+    Attributes:
+        loss_scale: What the loss is multiplied by before the backward pass, float32. Fixed at 1
+            but in float16: there it halves when a gradient is not finite, and doubles after 2,000
+            steps without one.
+        good_steps: How many such steps there were, int32.
     """
 
     def __init__(self, model: CausalLM, optimizer: AdamW, config: TrainConfig) -> None:
@@ -60,6 +70,11 @@ class TrainStep:
         self._optimizer = optimizer
         self._config = config
         self._variables = list(model.trainable_variables)
+        self._scales_loss = config.train.dtype_policy == "mixed_float16"
+        self._skips = self._scales_loss or config.train.nonfinite == "skip"
+        first = _FIRST_SCALE if self._scales_loss else 1.0
+        self.loss_scale = tf.Variable(first, trainable=False, name="loss_scale")
+        self.good_steps = tf.Variable(0, trainable=False, name="good_steps")
         if not optimizer.built:
             optimizer.build(self._variables)
         self.compiled = tf.function(self.replica_step, autograph=False)
@@ -72,6 +87,10 @@ class TrainStep:
 
         Returns:
             Losses are means over all replicas, loads are sums.
+
+        Raises:
+            ValueError: Steps may be skipped and there are several replicas: optimizers can't
+                update inside a condition there.
         """
         sums = self._accumulate(tokens_NBS)
         count = tokens_NBS.shape[0]
@@ -83,18 +102,43 @@ class TrainStep:
         if replicas > 1:
             gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
             scalars = context.all_reduce(tf.distribute.ReduceOp.MEAN, scalars)
+        if replicas > 1 and self._skips:
+            raise ValueError(
+                f"[train] nonfinite is 'skip' or dtype_policy float16 with {replicas} replicas; "
+                "one replica can skip steps"
+            )
         # The optimizer scales the gradients as it reads them: no pass of its own for that.
-        share = 1.0 / (count * replicas)
+        share = 1.0 / (count * replicas * tf.convert_to_tensor(self.loss_scale))
         scale, norm = clip_scale(gradients, self._config.optimizer.clip_norm, share)
-        step = tf.cast(self._optimizer.iterations, tf.float32)
         scalars["gradient_norm"] = norm
         scalars["learning_rate"] = tf.cast(self._optimizer.learning_rate, tf.float32)
-        # Keras' optimizer sums over replicas; these are already the same on all of them.
-        self._optimizer.apply(gradients, scale=scale / replicas)
-        self._balance(loads, step)
+        scalars["loss_scale"] = tf.identity(self.loss_scale)
+
+        def update() -> tf.Tensor:
+            step = tf.cast(self._optimizer.iterations, tf.float32)
+            # Keras' optimizer sums over replicas; these are already the same on all of them.
+            self._optimizer.apply(gradients, scale=scale / replicas)
+            self._balance(loads, step)
+            return tf.constant(1.0)
+
+        if self._skips:
+            finite = tf.math.is_finite(norm) & tf.math.is_finite(scalars["loss"])
+            scalars["applied"] = tf.cond(finite, update, lambda: tf.constant(0.0))
+            self._adjust_scale(finite)
+        else:
+            scalars["applied"] = update()
         if replicas > 1 and loads:
             loads = context.all_reduce(tf.distribute.ReduceOp.SUM, loads)
         return StepOutput(scalars, tf.stack(loads) if loads else tf.zeros([0, 0]))
+
+    def _adjust_scale(self, finite: tf.Tensor) -> None:
+        if not self._scales_loss:
+            return
+        good = tf.where(finite, self.good_steps + 1, 0)
+        grows = good >= _GROWS_AFTER
+        factor = tf.where(finite, tf.where(grows, 2.0, 1.0), 0.5)
+        self.loss_scale.assign(tf.clip_by_value(self.loss_scale * factor, 1.0, 2.0**24))
+        self.good_steps.assign(tf.where(grows, 0, good))
 
     def _accumulate(self, tokens_NBS: tf.Tensor) -> _Sums:
         first = self._micro_batch(tokens_NBS[0])
@@ -127,8 +171,9 @@ class TrainStep:
             loss, parts = pretraining_loss(
                 output, tokens_BS, self._mtp_weight(), table.balance_alpha
             )
+            scaled = loss * self.loss_scale if self._scales_loss else loss
         gradients = tape.gradient(
-            loss, self._variables, unconnected_gradients=tf.UnconnectedGradients.ZERO
+            scaled, self._variables, unconnected_gradients=tf.UnconnectedGradients.ZERO
         )
         return _Sums(
             [tf.convert_to_tensor(g) for g in gradients],  # sum the embedding's repeated rows
@@ -153,7 +198,7 @@ class TrainStep:
 
 
 def clip_scale(
-    gradients: Sequence[tf.Tensor], clip_norm: float, share: float = 1.0
+    gradients: Sequence[tf.Tensor], clip_norm: float, share: float | tf.Tensor = 1.0
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns what to multiply gradients by so that they are clipped as torch does it.
 

@@ -19,13 +19,17 @@ from ds_train.checkpoint import CheckpointStore
 from ds_train.config import TrainConfig
 from ds_train.data import PackedSequences, TokenFile
 from ds_train.errors import CheckpointError, TrainError
-from ds_train.metrics_log import MetricsLog
+from ds_train.metrics_log import MetricsLog, StabilityLog
 from ds_train.optimizer import AdamW
+from ds_train.stability import StabilityProbe
 from ds_train.step import StepOutput, TrainStep
 
 # Tables whose values do not change the numbers of a run.
 _FREE_TABLES = ("checkpoint",)
-_FREE_KEYS = {"train": ("log_every", "recompute"), "data": ("suffixes", "held_out")}
+_FREE_KEYS = {
+    "train": ("log_every", "recompute", "watch_every", "nonfinite"),
+    "data": ("suffixes", "held_out"),
+}
 
 
 class Trainer:
@@ -74,7 +78,7 @@ class Trainer:
             raise TrainError(msg)
         self._data_sha256 = tokens.sha256 if isinstance(tokens, TokenFile) else _digest(ids)
         keras.utils.set_random_seed(config.train.seed)
-        self.model = CausalLM(self._model_config, dtype=config.train.dtype_policy)
+        self.model = CausalLM(self._model_config, dtype=config.policy())
         table = config.optimizer
         self.optimizer = AdamW(
             config.learning_rate(),
@@ -82,11 +86,18 @@ class Trainer:
             table.beta_2,
             epsilon=table.epsilon,
             weight_decay=table.weight_decay,
+            moments=table.moments,
         )
         self._step = TrainStep(self.model, self.optimizer, config)
         self.checkpoints = CheckpointStore(self.out / "checkpoints", config.checkpoint.keep)
-        log = MetricsLog(self.out / "metrics.jsonl", config.train.log_every)
-        self._callbacks = [log, *callbacks]
+        log: list[Callback] = [MetricsLog(self.out / "metrics.jsonl", config.train.log_every)]
+        self._probe = None
+        if config.train.watch_every:
+            loss = config.loss
+            self._probe = StabilityProbe(self.model, loss.mtp_weight, loss.balance_alpha)
+            log.append(StabilityLog(self.out / "stability.jsonl"))
+        self._skipped = 0
+        self._callbacks = [*log, *callbacks]
 
     def train(self, resume: bool = True) -> CausalLM:
         """Does the steps that are left and returns the trained model.
@@ -120,12 +131,19 @@ class Trainer:
     def _one_step(self, step: int) -> None:
         table = self.config.train
         batch = self._data.batch(step, table.batch_size)
+        tokens = tf.constant(batch.reshape(table.accumulation, -1, batch.shape[-1]))
+        if self._probe is not None and (step + 1) % table.watch_every == 0:
+            looked = self._probe.look(step + 1, tokens[0])
+            for callback in self._callbacks:
+                callback.on_stability(looked)
         start = time.perf_counter()
-        shaped = batch.reshape(table.accumulation, -1, batch.shape[-1])
-        output: StepOutput = self._step.compiled(tf.constant(shaped))
+        output: StepOutput = self._step.compiled(tokens)
         scalars = {name: float(value) for name, value in output.scalars.items()}
         seconds = time.perf_counter() - start
-        if not math.isfinite(scalars["loss"]) or not math.isfinite(scalars["gradient_norm"]):
+        applied = scalars.pop("applied") > 0
+        self._skipped += not applied
+        finite = math.isfinite(scalars["loss"]) and math.isfinite(scalars["gradient_norm"])
+        if applied and not finite:
             msg = (
                 f"step {step + 1}: loss {scalars['loss']} and gradient norm "
                 f"{scalars['gradient_norm']} must be finite; lower [schedule] peak "
@@ -137,6 +155,7 @@ class Trainer:
             tokens_per_second=batch[:, 1:].size / seconds,
             max_violation=tuple(max_violation(output.loads).numpy().tolist()),
             loads=output.loads.numpy(),
+            skipped=self._skipped,
             **scalars,
         )
         for callback in self._callbacks:
@@ -155,6 +174,10 @@ class Trainer:
         state = self.checkpoints.read_state(steps[-1])
         self._check_same_run(state, self.checkpoints.path(steps[-1]))
         self.checkpoints.load(steps[-1], self.model, self.optimizer)
+        scaling = state.get("loss_scaling", {})
+        self._skipped = scaling.get("skipped", 0)
+        self._step.loss_scale.assign(scaling.get("scale", self._step.loss_scale.numpy()))
+        self._step.good_steps.assign(scaling.get("good_steps", 0))
         return steps[-1]
 
     def _check_same_run(self, state: dict[str, Any], path: Path) -> None:
@@ -178,6 +201,11 @@ class Trainer:
             "config": self.config.model_dump(mode="json"),
             "model": _as_json(self._model_config.to_dict()),
             "data_sha256": self._data_sha256,
+            "loss_scaling": {
+                "skipped": self._skipped,
+                "scale": float(self._step.loss_scale.numpy()),
+                "good_steps": int(self._step.good_steps.numpy()),
+            },
             "versions": {name: _version(name) for name in ("tensorflow", "keras", "ds-train")},
         }
 
