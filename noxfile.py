@@ -212,6 +212,20 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def precision(session: nox.Session) -> None:
+    """Train `mini` in FP8, BF16 and float32 on the same batches; goes on where it stopped."""
+    install_wheels(session, "ds-train[plot]")
+    session.run("python", "-m", "bench.precision", *session.posargs, env=QUIET)
+
+
+@nox.session
+def conversion(session: nox.Session) -> None:
+    """Convert gigabytes of FP8, beside a plain copy: memory and time (12 GB of disk)."""
+    install_wheels(session, "ds-model", "ds-train[plot]")
+    session.run("python", "-m", "bench.conversion", *session.posargs, env=QUIET)
+
+
+@nox.session
 def release(session: nox.Session) -> None:
     """Release one package: `nox -s release -- ds-moe minor` (or major, patch)."""
     session.install(*nox.project.dependency_groups(GROUPS, "tools"))

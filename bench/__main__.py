@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bench.environments import PEERS, PeerError
 from bench.found import TRANSFORMERS, Found, Missing
-from bench.growth import GROUPS, measure_growth
+from bench.growth import GROUPS, measure_growth, run_case
 from bench.guard import guard
 from bench.machine import machine
 from bench.measure import measure
@@ -40,7 +40,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if given.guard:
         return guard(MODEL, given.threads, given.rounds, write=given.write)
     groups = [name for name in given.growth.split(",") if name]
-    if groups or given.startup:  # renewed alone, beside what the last run found
+    if groups or given.startup or given.kernels:  # renewed alone, beside what the last run found
         found = read(data)
     else:
         found = blank("full" if given.full else "short", given.threads, given.rounds)
@@ -48,6 +48,9 @@ def main(words: Sequence[str] | None = None) -> int:
     for group in list(GROUPS) if given.full else groups:
         kept = [point for point in found.growth if point["group"] != group]
         found.growth = kept + measure_growth(str(MODEL), [group])
+        keep(found, given.out)
+    if given.full or given.kernels:
+        found.kernels = run_case("operations", {})
         keep(found, given.out)
     if given.full or given.startup:
         found.startup = measure_startup(str(MODEL))
@@ -64,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     flag("--rows", default="", help="comma-separated: only tasks whose names start so")
     flag("--growth", default="", help=f"renew only some of how cost grows: {','.join(GROUPS)}")
     flag("--startup", action="store_true", help="renew only start-up")
+    flag("--kernels", action="store_true", help="renew only the operations alone")
     flag("--render", action="store_true", help="write the page again from its data and the notes")
     flag("--guard", action="store_true", help="no peers: hold us to the floors in floors.json")
     flag("--write", action="store_true", help="with --guard: renew the floors")

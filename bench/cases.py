@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
@@ -10,11 +11,15 @@ from typing import Any
 
 import tensorflow as tf
 
+from bench import kernels
 from bench.case import LONG, REPEATS, median_seconds, peak_bytes, seconds
 from bench.tasks import PRESET, Precision, Task, stream
 from bench.workers.ours import Ours, Stepping
 from ds_model import CausalLM, ModelConfig, parameter_counts
-from ds_train import AdamW
+from ds_precision import BlockScaled, watch_fp8
+from ds_train import AdamW, TrainConfig
+from ds_train.peak import measure_step
+from ds_train.quickstart import quickstart_config
 
 
 def decode(
@@ -93,6 +98,46 @@ def train(model: str, batch: int, length: int, **train_table: Any) -> dict[str, 
     }
     stepping.stop()
     return found
+
+
+def operations() -> list[dict[str, Any]]:
+    """Time the compiled operations alone."""
+    threads()
+    return kernels.measure()
+
+
+def held(policy: str) -> dict[str, Any]:
+    """Say what training `mini` in a precision holds, in bytes, and what a step adds to that."""
+    threads()
+    tables = quickstart_config().model_dump()
+    tables["train"].update(dtype_policy=policy, batch_size=16)
+    tables["optimizer"]["moments"] = "float32" if policy == "float32" else "bfloat16"
+    config = TrainConfig.from_dict(tables, source=policy)
+    model = CausalLM(config.model.build(), dtype=config.policy())
+    optimizer = AdamW(1e-3, moments=config.optimizer.moments)
+    optimizer.build(model.trainable_variables)
+    moments = [*optimizer.momentums, *optimizer.velocities]
+    seen: dict[str, int] = {}
+
+    def note(name: str, _: tf.Tensor, small: BlockScaled, __: Any) -> None:
+        if name.endswith("/weight"):
+            seen[name] = small.values.shape.num_elements() + 4 * small.scales.shape.num_elements()
+
+    with watch_fp8(note):
+        model.forward(tf.zeros([1, 8], tf.int32), mtp=True)
+    weights, kept = sizes_of(model.trainable_variables), sizes_of(moments)
+    del model, optimizer, moments
+    return {
+        "weights": weights,
+        "small_weights": sum(seen.values()),
+        "moments": kept,
+        "step": measure_step(config),
+    }
+
+
+def sizes_of(variables: list[Any]) -> int:
+    """Return the bytes of variables."""
+    return sum(tf.as_dtype(v.dtype).size * math.prod(v.shape) for v in variables)
 
 
 def first_token(model: str, precision: Precision, context: int) -> dict[str, Any]:

@@ -90,6 +90,7 @@ class Found(_Found):
         loading: seconds until each system had the model and could be asked.
         growth: of `bench.growth`: one mapping a measured point.
         startup: of `bench.startup`: seconds by name.
+        kernels: of `bench.kernels`: one mapping an operation.
     """
 
     scope: str
@@ -105,3 +106,4 @@ class Found(_Found):
     loading: dict[str, float] = {}
     growth: list[dict[str, Any]] = []
     startup: dict[str, Any] = {}
+    kernels: list[dict[str, Any]] = []

@@ -7,6 +7,7 @@ from pathlib import Path
 from bench.cost import limit_speed
 from bench.found import OURS, TRANSFORMERS, Found, Row, Speed
 from bench.growth_report import growth_section
+from bench.kernels import kernels_table
 from bench.startup_report import startup_section
 from bench.tables import (
     DASH,
@@ -45,6 +46,7 @@ def page(found: Found, config: ModelConfig, notes: dict[str, str]) -> str:
         _rows(found, config, notes),
         limits_table(found),
         agreement_table(found),
+        kernels_table(found),
         speeds_table(found),
         first_runs_table(found),
         growth_section(found.growth, notes),
@@ -118,8 +120,8 @@ def _head(found: Found, config: ModelConfig) -> str:
     command = "python3 dev.py bench" + (" -- --full" if found.scope == "full" else "")
     return f"""# Benchmarks
 
-Written by `{command}`. Everything on this page is from one run, on one machine, with
-{found.threads} threads for each system. Preset `bench` ({counts.main / 1e6:.1f}M parameters,
+Written by `{command}`, on one machine, with {found.threads} threads for each system. Each ratio is
+of runs in turn, one right after the other. Preset `bench` ({counts.main / 1e6:.1f}M parameters,
 {counts.active / 1e6:.1f}M active), random weights; all systems read the same weights and the same
 tokens. Compare the ratios, not the seconds."""
 
