@@ -45,7 +45,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"accumulator_bits": 14, "promote_every": 128},
     ),
 }
-POLICIES = ("float32", "BF16", "FP8")  # whose memory is measured
+POLICIES = ("BF16", "FP8", "float32")  # whose memory is measured
 
 
 class Run(BaseModel):
@@ -81,12 +81,16 @@ class Found(BaseModel):
 
 
 def config_of(variant: str, steps: int, seed: int) -> TrainConfig:
-    """Return the quickstart's run in another precision; bfloat16 moments, as in the paper."""
+    """Return the quickstart's run in another precision; bfloat16 moments, as in the paper.
+
+    A fifth of its learning rate: at that one, runs that differ in rounding alone end 1% apart.
+    """
     policy, fp8 = VARIANTS[variant]
     tables = quickstart_config(steps, seed).model_dump()
     tables["train"]["dtype_policy"] = policy
     tables["fp8"].update(fp8)
     tables["optimizer"]["moments"] = "bfloat16"
+    tables["schedule"].update(peak=1e-3, floor=1e-4, final=3e-5)
     tables["checkpoint"]["every"] = steps
     return TrainConfig.from_dict(tables, source=variant)
 
@@ -131,7 +135,7 @@ def train(variant: str, steps: int, seed: int, tokens: TokenFile) -> Run:
 
 def in_order(variants: list[str], seeds: int) -> list[tuple[str, int]]:
     """Return what to train: the three precisions with all seeds, then the rest seed by seed."""
-    main = [name for name in variants if name in POLICIES]
+    main = [name for name in POLICIES if name in variants]
     rest = [name for name in variants if name not in POLICIES]
     found = [(name, seed) for seed in range(seeds) for name in main]
     return found + [(name, seed) for seed in range(seeds) for name in rest]

@@ -152,3 +152,11 @@ def test_memory_is_what_the_library_says(tmp_path):
     found = json.loads(result.stdout)
     assert (found["peak"], found["activations"]) == (want.peak, want.activations)
     assert found["measured"] is None
+
+
+def test_memory_of_fp8_is_measured_and_not_reckoned(tmp_path):
+    config = CONFIG.replace("[train]", '[train]\ndtype_policy = "fp8"')
+    (tmp_path / "train.toml").write_text(config)
+    result = runner.invoke(app, ["memory", "--config", str(tmp_path / "train.toml")])
+    assert result.exit_code == 2
+    assert "no closed form for this: dtype_policy is 'fp8'" in result.output

@@ -22,7 +22,7 @@ from ds_model import CheckpointError as ModelCheckpointError
 from ds_model import ConfigError
 from ds_train.config import TrainConfig
 from ds_train.data import read_files
-from ds_train.errors import TrainError
+from ds_train.errors import TrainConfigError, TrainError
 from ds_train.memory import TrainingMemory, training_memory
 from ds_train.peak import measure_step
 from ds_train.pretrain import RunResult, pretrain
@@ -104,7 +104,10 @@ def memory_command(
         table, length = settings.train, settings.data.sequence_length
         batch = table.batch_size // table.accumulation
         model = settings.model.build()
-        found = training_memory(model, batch, length, table.dtype_policy, table.recompute)
+        try:
+            found = training_memory(model, batch, length, table.dtype_policy, table.recompute)
+        except ValueError as error:
+            raise TrainConfigError(f"{config}: no closed form for this: {error}") from error
         measured = measure_step(settings) if measure else None
     if as_json:
         values = asdict(found) | {"step": found.step, "peak": found.peak, "measured": measured}
