@@ -11,13 +11,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
 from ds_model.errors import CheckpointError
-from ds_precision import quantize_blocks
+from ds_precision import BlockScaled, dequantize_blocks, quantize_blocks
 
 SCALES = "_scale_inv"
 BLOCK = (128, 128)
@@ -25,7 +24,6 @@ BLOCK = (128, 128)
 # The linear maps of attention, experts and dense feed-forwards. Embedding, head, routers, norms and
 # the MTP modules' projections stay as they are, as in the released files.
 _QUANTIZED = re.compile(r"\.(self_attn|mlp)\.(.*\.)?\w+_proj(_with_mqa)?\.weight$")
-_NUMBER_OF = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 _STRIPE = 8 * BLOCK[0]  # rows quantized at once
 
 
@@ -46,7 +44,7 @@ class Fp8Matrix:
         scales: NDArray[np.generic],
         block: tuple[int, int] = BLOCK,
     ) -> None:
-        self._bytes = values.view(np.uint8)
+        self._values = values
         self._scales = scales.astype(np.float32)
         self._block = block
         self.shape = values.shape
@@ -61,10 +59,18 @@ class Fp8Matrix:
         """Return some rows `[r, C]` float32, the products of DeepSeek's `weight_dequant`."""
         high, wide = self._block
         first, last, _ = rows.indices(len(self))
-        numbers = _NUMBER_OF[self._bytes[rows]]
-        scales = self._scales[np.arange(first, last) // high]
-        numbers *= np.repeat(scales, wide, axis=1)[:, : self.shape[1]]
-        return numbers
+        if first >= last:
+            return np.zeros((0, self.shape[1]), np.float32)
+        top, bottom = first // high, (last - 1) // high
+        # Within one row of blocks these may start anywhere; else they start where a block does.
+        start, block = (first, last - first) if top == bottom else (top * high, high)
+        with tf.device("CPU"):
+            scaled = BlockScaled(
+                tf.constant(self._values[start:last]),
+                tf.constant(self._scales[top : bottom + 1]),
+                (block, wide),
+            )
+            return dequantize_blocks(scaled).numpy()[first - start :]
 
 
 def block_of(config: Mapping[str, Any]) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -172,18 +173,20 @@ class TensorWriter:
         # of its numbers' size.
         order = sorted(self._pending.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
         try:
-            with draft.open("wb") as file:
+            with draft.open("wb") as file, ThreadPoolExecutor(1) as hashing:
                 header = _header(order)
                 file.write(header)
-                if digest:
-                    digest.update(header)
+                summing = hashing.submit(digest.update, header) if digest else None
                 for name, tensor in order:
                     for rows in blocks(tensor.array):
                         block = _rounded(name, tensor.array[rows], tensor.dtype)
                         block = np.ascontiguousarray(block)
                         block.tofile(file)
-                        if digest:
-                            digest.update(block.reshape(-1).view(np.uint8).data)
+                        if digest and summing:
+                            summing.result()  # at most one block waits to be summed
+                            summing = hashing.submit(
+                                digest.update, block.reshape(-1).view(np.uint8).data
+                            )
                     self._written += 1
                     self._progress(self._written)
         except OSError as error:
