@@ -15,7 +15,7 @@ import tensorflow as tf
 from ds_attention import CausalMask, LatentCache, MultiHeadLatentAttention, RMSNorm
 from ds_model.config import ModelConfig
 from ds_moe import MixtureOfExperts, Routing, SwiGLU
-from ds_precision import Linear, RestoresPolicy
+from ds_precision import Linear, RestoresPolicy, without_fp8
 
 
 class Window(NamedTuple):
@@ -123,8 +123,11 @@ class MTPModule(RestoresPolicy, keras.layers.Layer):
         c, policy = self.config, self.dtype_policy
         self.enorm = RMSNorm(c.rms_norm_eps, dtype=policy, name="enorm")
         self.hnorm = RMSNorm(c.rms_norm_eps, dtype=policy, name="hnorm")
-        self.eh_proj = Linear(
-            c.hidden_size, initializer_range=c.initializer_range, dtype=policy, name="eh_proj"
+        self.eh_proj = Linear(  # not in FP8, as in the released files
+            c.hidden_size,
+            initializer_range=c.initializer_range,
+            dtype=without_fp8(policy),
+            name="eh_proj",
         )
         moe = c.is_moe_layer(c.num_hidden_layers)
         self.block = DecoderBlock(c, moe, dtype=policy, name="block")
