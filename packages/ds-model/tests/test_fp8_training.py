@@ -12,6 +12,7 @@ from ds_precision import Fp8Policy, watch_fp8
 @pytest.fixture(scope="module")
 def pair():
     """Return a model in float32 and one of the same weights in FP8."""
+    keras.utils.set_random_seed(2)  # a fixture of the module comes before each test's own seed
     config = ModelConfig.preset("tiny").replace(num_nextn_predict_layers=1)
     exact = CausalLM(config, dtype="float32")
     rounded = CausalLM(config, dtype=Fp8Policy("float32", {"tile": 32}))
@@ -37,8 +38,9 @@ def test_gradients_point_where_float32s_do(pair):
     assert float(loss) == pytest.approx(float(exact_loss), rel=2e-3)
     for variable, one, other in zip(pair[0].trainable_variables, rounded, exact, strict=True):
         cosine = (one * other).sum() / np.sqrt((one**2).sum() * (other**2).sum())
-        # Routes that flip make experts' and routers' own gradients differ.
-        assert cosine > (0.6 if "mlp" in variable.path else 0.97), variable.path
+        # Where a route flips, experts, routers and the norm before them learn of other tokens.
+        routed = "mlp" in variable.path or "post_attention" in variable.path
+        assert cosine > (0.9 if routed else 0.97), variable.path
 
 
 def test_head_embedding_router_and_norms_stay_as_they_are(pair):
