@@ -12,7 +12,7 @@ from ds_model.checkpoint.layout import layout
 
 FAMILIES = {
     path.stem: json.loads(path.read_text(encoding="utf-8"))
-    for path in sorted((Path(__file__).parent / "reference" / "families").glob("*.json"))
+    for path in sorted((Path(__file__).parent / "families").glob("*.json"))
 }
 BILLION = 10**9
 ACTIVE = {  # as the papers and model cards count them
