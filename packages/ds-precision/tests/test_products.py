@@ -219,8 +219,12 @@ def test_attention_and_its_gradients(
     assert apart(tf.cast(y, tf.float32) * seen, exact * seen) < within(dtype)
     np.testing.assert_array_equal(y.numpy()[~allowed.any(-1)], 0)
     found, expected = tape.gradient(ours, [q, kv, k_rope]), tape.gradient(theirs, wide)
+    # One key alone leaves nothing to choose: its gradient is zero, and what is found is rounding.
+    least = 1e-2 * max(np.abs(other).max() for other in expected)
     for mine, other in zip(found, expected, strict=True):
-        assert apart(mine, other) < (1e-4 if dtype == tf.float32 else 5e-2)
+        difference = np.abs(tf.cast(mine, tf.float32) - other).max()
+        tolerance = 1e-4 if dtype == tf.float32 else 5e-2
+        assert difference < tolerance * max(np.abs(other).max(), least, 1e-30)
 
 
 def test_results_do_not_depend_on_the_number_of_threads():
