@@ -12,10 +12,13 @@ import pytest
 from reference_cases import CASES
 from reference_weights import weights, write_checkpoint
 from safetensors.numpy import save_file
+from typer.testing import CliRunner
 
 from ds_model import CausalLM, CheckpointError, ModelConfig
 from ds_model.checkpoint.convert import ExpertSlice, to_hf, to_keras
+from ds_model.checkpoint.journal import verify
 from ds_model.checkpoint.reader import SINGLE, TensorFiles
+from ds_model.cli import app
 
 RELEASED = next(case for case in CASES if case.name == "released")
 BIAS = "e_score_correction_bias"
@@ -163,12 +166,16 @@ def test_what_does_not_fit_any_more_is_done_again(source, tmp_path, change):
         os.utime(source / SINGLE, ns=(1, 1))
     else:
         dtype = "float32"
+    limit = 9_000 if change == "a shard" else 60_000  # fewer shards than the first try's
     steps = []
-    to_hf(source, target, dtype, 9_000, lambda *step: steps.append(step[0]))
+    to_hf(source, target, dtype, limit, lambda *step: steps.append(step[0]))
     assert steps[0] == 1
-    to_hf(source, tmp_path / "whole", dtype, 9_000)
-    for name, array in stored(tmp_path / "whole").items():
-        np.testing.assert_array_equal(stored(target)[name], array)
+    to_hf(source, tmp_path / "whole", dtype, limit)
+    whole, again = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        for name in ("whole", "target")
+    )
+    assert again == whole  # nothing of the first try is left, hidden files neither
 
 
 def test_checksums_are_those_of_sha256sum_and_are_held_to(source, tmp_path):
@@ -184,15 +191,24 @@ def test_checksums_are_those_of_sha256sum_and_are_held_to(source, tmp_path):
     assert checked.stdout.count(b": OK") == len(shards) > 1
     content = shards[0].read_bytes()
     shards[0].write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    steps = []
     with pytest.raises(CheckpointError, match=rf"{shards[0].name} has SHA-256 .*get it again"):
-        to_hf(target, tmp_path / "copy")
-    to_hf(target, tmp_path / "copy", check=False)
+        verify(target, lambda *step: steps.append(step))
+    assert steps == [(0, len(shards))]
+    words = ["convert", str(target), str(tmp_path / "copy")]
+    refused = CliRunner().invoke(app, words)
+    assert refused.exit_code == 2
+    assert "get it again" in refused.output
+    assert not (tmp_path / "copy").exists()
+    assert CliRunner().invoke(app, [*words, "--no-check"]).exit_code == 0
     shards[0].unlink()
     with pytest.raises(CheckpointError, match=f"lists {shards[0].name}, which is not in"):
-        to_hf(target, tmp_path / "other")
+        verify(target, lambda *_: None)
     (target / "SHA256SUMS").write_text("no sum\n")
     with pytest.raises(CheckpointError, match="no checksum: 'no sum'"):
-        to_hf(target, tmp_path / "other")
+        verify(target, lambda *_: None)
+    (target / "SHA256SUMS").unlink()
+    assert verify(target, lambda *_: None) == 0
 
 
 def test_ranks_slices_are_all_experts_and_what_else_there_is(source, tmp_path):

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from ds_model.checkpoint.convert import ExpertSlice, to_hf, to_keras
+from ds_model.checkpoint.journal import verify
 from ds_model.checkpoint.saving import DTypeName
 from ds_model.errors import CheckpointError, ConfigError, TokenizerError
 from ds_model.inspection import Inspection, inspect
@@ -86,11 +87,15 @@ def convert_command(
     A conversion that was stopped goes on where it was when it is called again. DST gets a
     SHA256SUMS, which `sha256sum --check` reads.
     """
+    with _one_line_errors():
+        if check:
+            with _progress_bar(f"{source.name}, checksums") as progress:
+                verify(source, progress)
     with _one_line_errors(), _progress_bar(source.name) as progress:
         if to is Form.HF:
             wanted = cast("DTypeName | Literal['fp8'] | None", dtype and dtype.value)
             share = None if experts is None else ExpertSlice.parse(experts)
-            to_hf(source, target, wanted, progress=progress, experts=share, check=check)
+            to_hf(source, target, wanted, progress=progress, experts=share)
         elif experts is not None:
             raise CheckpointError("--experts is the released layout's: leave out --to keras")
         elif dtype is StoredDType.FP8:

@@ -4,7 +4,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
@@ -15,7 +15,7 @@ import keras
 from ds_model.checkpoint import atomic
 from ds_model.checkpoint.checking import check_layout, present_depth
 from ds_model.checkpoint.fp8 import SCALES, is_quantized, quantization_config, quantize
-from ds_model.checkpoint.journal import Journal, verify
+from ds_model.checkpoint.journal import Journal, Progress
 from ds_model.checkpoint.reader import INDEX, TensorFiles, check_directory, read_json
 from ds_model.checkpoint.saving import KEPT_FLOAT32, DTypeName, save, stored_dtype
 from ds_model.checkpoint.writer import MAX_SHARD_BYTES, TensorWriter
@@ -24,9 +24,6 @@ from ds_model.errors import CheckpointError
 
 if TYPE_CHECKING:
     from ds_model.causal_lm import CausalLM
-
-Progress = Callable[[int, int], None]
-"""Called with the tensors done and the tensors in all."""
 
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "LICENSE*")
 _EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.")
@@ -63,7 +60,7 @@ class ExpertSlice(NamedTuple):
             CheckpointError: the experts can't be shared out evenly.
         """
         experts = config.n_routed_experts or 0
-        if experts % self.of:
+        if not experts or experts % self.of:
             raise CheckpointError(
                 f"{experts} experts can't be shared out evenly to {self.of} ranks"
             )
@@ -78,7 +75,6 @@ def to_hf(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress = lambda done, total: None,  # noqa: ARG005 - named for the reader
     experts: ExpertSlice | None = None,
-    check: bool = True,
 ) -> None:
     """Write a released directory from another one, or from a `.keras` file.
 
@@ -92,13 +88,12 @@ def to_hf(
         dtype: of the tensors; `None` keeps them. The router's bias is kept in any case. "fp8" is
             the released form: linear maps in E4M3 with a scale a block, all else bfloat16.
         max_shard_bytes: above it, shards with an index.
-        progress: told how far it is.
+        progress: told the tensors done and the tensors in all.
         experts: write these routed experts alone, and everything else, for one rank.
-        check: hold the source to its SHA256SUMS first, if it has any.
 
     Raises:
-        CheckpointError: the source is not a whole checkpoint, or not what its checksums say; the
-            target exists; no room; a value does not fit float16; experts that can't be shared out.
+        CheckpointError: the source is not a whole checkpoint; the target exists; no room; a value
+            does not fit float16; experts that can't be shared out.
         ConfigError: the source's `config.json` is wrong.
     """
     with _staged(target) as stage:
@@ -110,8 +105,6 @@ def to_hf(
             progress(1, 1)
             return
         config = ModelConfig.from_pretrained(check_directory(source))
-        if check:
-            verify(source)
         stage.mkdir(exist_ok=True)
         with TensorFiles(source) as files:
             depth = present_depth(files, config)

@@ -13,7 +13,8 @@ from ds_model.errors import CheckpointError
 SUMS = "SHA256SUMS"
 """A line for each file, as `sha256sum` writes and checks them."""
 
-_CHUNK = 1 << 22
+Progress = Callable[[int, int], None]
+"""Called with what is done and what there is in all."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Journal:
 
     Args:
         directory: of the conversion, not yet under its final name.
-        origin: what decides the conversion's result; a journal of another origin is forgotten,
-            and its shards with it.
+        origin: what decides the conversion's result; shards of another one are removed, and so
+            are those that are not as they were written.
 
     Attributes:
         shards: those on disk, whole: each was checked against its SHA-256.
@@ -52,6 +53,10 @@ class Journal:
         self._path = directory / self.NAME
         self._origin = json.loads(json.dumps(origin))
         self.shards = self._read()
+        whole = {shard.draft for shard in self.shards}
+        for draft in directory.glob(atomic.partial(directory / "*").name):
+            if draft.name not in whole:
+                draft.unlink()
 
     def add(self, shard: Shard) -> None:
         """Note a shard that is written, and bring both to disk.
@@ -86,18 +91,18 @@ class Journal:
         return whole
 
 
-def sha256(path: Path, progress: Callable[[int], None] = lambda read: None) -> str:  # noqa: ARG005
-    """Return a file's SHA-256; `progress` is told the bytes read each time."""
-    digest = hashlib.sha256()
+def sha256(path: Path) -> str:
+    """Return a file's SHA-256."""
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            progress(len(chunk))
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def verify(directory: Path) -> int:
+def verify(directory: Path, progress: Progress) -> int:
     """Hold a directory's files to its SHA256SUMS.
+
+    Args:
+        directory: of a checkpoint.
+        progress: told how many files are done, and how many there are.
 
     Returns:
         How many were checked; 0 if there is no such list.
@@ -112,7 +117,8 @@ def verify(directory: Path) -> int:
         lines = listed.read_text("ascii").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{listed} can't be read: {error}") from error
-    for line in lines:
+    for done, line in enumerate(lines):
+        progress(done, len(lines))
         wanted, _, name = line.partition("  ")
         if len(wanted) != 64 or not name or Path(name).name != name:
             raise CheckpointError(f"{listed} has a line that is no checksum: {line[:80]!r}")
