@@ -90,7 +90,7 @@ class Found(_Found):
         loading: seconds until each system had the model and could be asked.
         growth: of `bench.growth`: one mapping a measured point.
         startup: of `bench.startup`: seconds by name.
-        kernels: of `bench.kernels`: one mapping an operation.
+        kernels: of `bench.kernels`: `rows`, one mapping an operation; or `failed` and why.
     """
 
     scope: str
@@ -106,4 +106,4 @@ class Found(_Found):
     loading: dict[str, float] = {}
     growth: list[dict[str, Any]] = []
     startup: dict[str, Any] = {}
-    kernels: list[dict[str, Any]] = []
+    kernels: dict[str, Any] = {}

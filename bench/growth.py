@@ -117,7 +117,7 @@ def measure_growth(model: str, groups: Sequence[str]) -> list[dict[str, Any]]:
     return found
 
 
-def run_case(name: str, arguments: dict[str, Any]) -> Any:
+def run_case(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """Measure one case in a fresh process; one that dies says with what status."""
     run = subprocess.run(
         [sys.executable, "-m", "bench.case", name, json.dumps(arguments)],
@@ -130,4 +130,5 @@ def run_case(name: str, arguments: dict[str, Any]) -> Any:
     if run.returncode or not run.stdout.strip():
         last = (run.stderr.strip().splitlines() or ["it said nothing"])[-1]
         return {"failed": f"ended with status {run.returncode}: {last[:160]}"}
-    return json.loads(run.stdout)
+    values: dict[str, Any] = json.loads(run.stdout)
+    return values

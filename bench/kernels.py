@@ -49,7 +49,7 @@ def kernels_table(found: Found) -> str:
         "| operation | precision | ours | stock TensorFlow | of the limit |",
         "|---|---|---|---|---|",
     ]
-    for row in found.kernels:
+    for row in found.kernels.get("rows", []):
         limit = found.limits.get(f"gemm_{row['precision']}")
         share = f"{row['ours'] / limit:.0%}" if limit else "-"
         cells = (
@@ -60,6 +60,8 @@ def kernels_table(found: Found) -> str:
             share,
         )
         lines.append(f"| {' | '.join(cells)} |")
+    if "failed" in found.kernels:
+        lines += ["", found.kernels["failed"]]
     return "\n".join(lines)
 
 
