@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 from ds_moe import MixtureOfExperts, MoEConfig
+from ds_moe.experts import sorted_experts
 from ds_moe.fp8_experts import fp8_experts
 from ds_precision import Fp8Policy, Fp8Recipe, watch_fp8
 
@@ -116,3 +117,27 @@ def test_the_layer_rounds_experts_and_not_the_router():
     assert y.dtype == tf.bfloat16
     assert all(gradient.dtype == tf.float32 for gradient in gradients)
     assert all(np.any(gradient) for gradient in gradients)
+
+
+@pytest.mark.parametrize("scaling", ["block", "tensor"])
+def test_outputs_and_gradients_are_near_those_of_float32(scaling):
+    # Numbers of one size, so that one scale a matrix is as good as many.
+    rng = np.random.default_rng(7)
+    x, up, down, dy = (
+        tf.constant(rng.uniform(0.5, 1, shape) * rng.choice([-1, 1], shape), tf.float32)
+        for shape in ((60, 48), (4, 48, 40), (4, 20, 48), (60, 48))
+    )
+    indices = tf.constant(np.stack([rng.permutation(4)[:2] for _ in range(60)]), tf.int32)
+    given = [x, tf.constant(rng.uniform(0.3, 1, (60, 2)), tf.float32), up * 0.1, down * 0.1]
+
+    def both(run):
+        with tf.GradientTape() as tape:
+            tape.watch(given)
+            y = run(given[0], indices, *given[1:])
+        return [y, *tape.gradient(y, given, dy)]
+
+    recipe = Fp8Recipe(tile=16, scaling=scaling)
+    found = both(lambda *operands: fp8_experts(*operands, recipe))
+    for one, exact in zip(found, both(sorted_experts), strict=True):
+        other = tf.convert_to_tensor(exact)  # rows that are gathered come back as slices
+        assert 0 < tf.norm(one - other) < 0.1 * tf.norm(other)

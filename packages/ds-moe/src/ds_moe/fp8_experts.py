@@ -76,7 +76,7 @@ def fp8_experts(
             return f"{name}/{part}" if name else ""
 
         small_x = sent.rows(x_TD, seen_as=called("up/input"))
-        x_PD = _sent(small_x, places, per_token, recipe)
+        x_PD = _sent(small_x, places, per_token)
         up = recipe.blocks(gate_up_EDJ, called("up/weight"))
         dn = recipe.blocks(down_EID, called("down/weight"))
         h_PJ = tf.cast(_each(recipe.times, read(x_PD), read(up), places), tf.float32)
@@ -88,7 +88,7 @@ def fp8_experts(
 
         def gradient(dy_TD: tf.Tensor) -> tuple[tf.Tensor, ...]:
             small_dy = sent.rows(dy_TD, recipe.gradients, called("down/gradient"))
-            dy_PD = read(_sent(small_dy, places, per_token, recipe))
+            dy_PD = read(_sent(small_dy, places, per_token))
             above_PI = _each(recipe.times_transposed, dy_PD, read(dn), places)
             above_PI = tf.cast(above_PI, tf.float32)
             gate_P1 = tf.gather(tf.reshape(gates_TK, [-1, 1]), places.source)
@@ -140,14 +140,12 @@ def _places(indices: tf.Tensor, experts: int, tile: int) -> _Places:
     )
 
 
-def _sent(small: BlockScaled, places: _Places, per_token: int, recipe: Fp8Recipe) -> BlockScaled:
+def _sent(small: BlockScaled, places: _Places, per_token: int) -> BlockScaled:
     """Bring rounded tokens to their rows; padding gets scale 0, so it reads as zeros."""
     token_P = places.source // per_token
-    if recipe.scaling == "tensor":
-        scales = small.scales * places.real[:, None]
-    else:
-        scales = tf.gather(small.scales, token_P) * places.real[:, None]
-    return BlockScaled(tf.gather(small.values, token_P), scales, small.block)
+    high, wide = small.block
+    scales = tf.gather(small.scales, token_P // high) * places.real[:, None]
+    return BlockScaled(tf.gather(small.values, token_P), scales, (1, wide))
 
 
 def _each(

@@ -19,6 +19,9 @@ from ds_precision.formats import E4M3, E5M2, Format, cast, from_ue8m0, to_ue8m0
 from ds_precision.kernels import operations
 from ds_precision.products import use_kernels
 
+WHOLE = (2**31 - 1, 2**31 - 1)
+"""A block that holds any matrix."""
+
 _EIGHT_BITS = (E4M3.dtype, E5M2.dtype)
 # A scale below this would be subnormal in float32, where processors may flush it to zero.
 _SMALLEST_SCALE = 2.0**-126
@@ -41,6 +44,10 @@ class BlockScaled:
     values: tf.Tensor
     scales: tf.Tensor
     block: tuple[int, int] = (128, 128)
+
+    def spread_scales(self) -> tf.Tensor:
+        """Return each number's own scale: ``[..., R, C]`` float32."""
+        return _spread(tf.cast(self.scales, tf.float32), self.block, tf.shape(self.values))
 
     def __tf_flatten__(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """Splits into the static part and the tensors, for ``tf.nest``."""
@@ -71,7 +78,7 @@ def quantize_blocks(
     Args:
         x: ``[..., R, C]``, a float dtype.
         block: rows and columns of a block; ``(128, 128)`` for weights, ``(1, 128)`` for
-            activations.
+            activations, ``WHOLE`` for one scale a matrix.
         fmt: format of the values.
         power_of_two: round scales up to powers of two, as V3.1 does (DeepSeek's `act_quant` with
             `ue8m0`): multiplying by them is exact. There the largest magnitude counts as 1e-4 at
@@ -97,8 +104,7 @@ def quantize_blocks(
         return BlockScaled(found.values, found.scales, block)
     x = tf.cast(x, tf.float32)
     shape = tf.shape(x)
-    padded = _pad_to_blocks(x, block)
-    amax_PQ = _largest_in_blocks(padded, block)
+    amax_PQ = _largest_in_blocks(x, block)
     if power_of_two:
         scales_PQ = from_ue8m0(to_ue8m0(tf.maximum(amax_PQ, _SMALLEST_AMAX) / fmt.max))
     else:
@@ -137,9 +143,7 @@ def dequantize_blocks(scaled: BlockScaled, dtype: tf.DType = tf.float32) -> tf.T
         )
         y.set_shape(scaled.values.shape)
         return y
-    values = tf.cast(scaled.values, tf.float32)
-    scales = _spread(scales, scaled.block, tf.shape(values))
-    return tf.cast(values * scales, dtype)
+    return tf.cast(tf.cast(scaled.values, tf.float32) * scaled.spread_scales(), dtype)
 
 
 def _check_block(block: tuple[int, int]) -> None:
@@ -169,23 +173,18 @@ def _scales_shape(shape: tf.TensorShape, block: tuple[int, int]) -> tf.TensorSha
     return shape[:-2] + [None if size is None else -(-size // side) for size, side in sides]
 
 
-def _pad_to_blocks(x: tf.Tensor, block: tuple[int, int]) -> tf.Tensor:
-    """Fills ragged edges with zeros, which no largest magnitude notices."""
-    missing = -tf.shape(x)[-2:] % tf.constant(block)
-    inner = tf.stack([tf.zeros_like(missing), missing], axis=1)
-    outer = tf.zeros([tf.rank(x) - 2, 2], tf.int32)
-    return tf.pad(x, tf.concat([outer, inner], axis=0))
-
-
 def _largest_in_blocks(x: tf.Tensor, block: tuple[int, int]) -> tf.Tensor:
     shape = tf.shape(x)
-    counts = shape[-2:] // tf.constant(block)
+    sides = tf.maximum(tf.minimum(shape[-2:], tf.constant(block)), 1)  # of blocks beyond the edge
+    # Zeros fill ragged edges; no largest magnitude notices.
+    missing = -shape[-2:] % sides
+    inner = tf.stack([tf.zeros_like(missing), missing], axis=1)
+    x = tf.pad(x, tf.concat([tf.zeros([tf.rank(x) - 2, 2], tf.int32), inner], axis=0))
+    counts = tf.shape(x)[-2:] // sides
     # XLA's maximum skips NaN on CPU; nothing skips an infinity.
     magnitude = tf.where(tf.math.is_finite(x), tf.abs(x), float("inf"))
-    x_PIQJ = tf.reshape(
-        magnitude,
-        tf.concat([shape[:-2], [counts[0], block[0], counts[1], block[1]]], axis=0),
-    )
+    in_blocks = tf.stack([counts[0], sides[0], counts[1], sides[1]])
+    x_PIQJ = tf.reshape(magnitude, tf.concat([shape[:-2], in_blocks], axis=0))
     return tf.reduce_max(x_PIQJ, axis=[-3, -1])
 
 

@@ -25,8 +25,8 @@ from typing import Any, Literal
 import keras
 import tensorflow as tf
 
-from ds_precision.block_scaling import BlockScaled, dequantize_blocks, quantize_blocks
-from ds_precision.formats import E4M3, E5M2, E5M6, Format, cast
+from ds_precision.block_scaling import WHOLE, BlockScaled, dequantize_blocks, quantize_blocks
+from ds_precision.formats import E4M3, E5M2, E5M6, Format
 from ds_precision.products import multiply, multiply_outer, multiply_transposed
 
 FORMATS = {fmt.name: fmt for fmt in (E4M3, E5M2, E5M6)}
@@ -102,10 +102,7 @@ class Fp8Recipe:
     def read(self, small: BlockScaled, dtype: tf.DType) -> tf.Tensor:
         """Return an operand of a product whose result is to be of `dtype`."""
         exact = self.power_of_two and dtype == tf.bfloat16
-        kind = tf.bfloat16 if exact else tf.float32
-        if self.scaling == "tensor":
-            return tf.cast(tf.cast(small.values, tf.float32) * small.scales, kind)
-        return dequantize_blocks(small, kind)
+        return dequantize_blocks(small, tf.bfloat16 if exact else tf.float32)
 
     def times(self, a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
         """Return `a b`, `[T, K] [K, N]`."""
@@ -126,11 +123,8 @@ class Fp8Recipe:
     def _small(
         self, x: tf.Tensor, block: tuple[int, int], fmt: Format, seen_as: str
     ) -> BlockScaled:
-        if self.scaling == "tensor":
-            found = _one_scale(tf.cast(x, tf.float32), fmt)
-        else:
-            round_up = self.power_of_two or fmt is E5M6
-            found = quantize_blocks(x, block, fmt, power_of_two=round_up)
+        block = WHOLE if self.scaling == "tensor" else block
+        found = quantize_blocks(x, block, fmt, self.power_of_two or fmt is E5M6)
         if seen_as and _OBSERVERS:
             _OBSERVERS[-1](seen_as, tf.cast(x, tf.float32), found, fmt)
         return found
@@ -282,7 +276,7 @@ _OBSERVERS: list[Observer] = []
 
 @contextmanager
 def watch_fp8(observer: Observer) -> Iterator[None]:
-    """Call `observer` for every operand that is rounded while this lasts.
+    """Call `observer` for every operand that is rounded while this lasts, the innermost alone.
 
     In a graph that is while it is traced, backward pass included: what the observer makes of the
     tensors it is shown can be returned from the function.
@@ -295,15 +289,8 @@ def watch_fp8(observer: Observer) -> Iterator[None]:
     try:
         yield
     finally:
-        _OBSERVERS.remove(observer)
+        _OBSERVERS.pop()
 
 
 def _part(name: str, part: str) -> str:
     return f"{name}/{part}" if name else ""
-
-
-def _one_scale(x: tf.Tensor, fmt: Format) -> BlockScaled:
-    """Scale each matrix of `[..., R, C]` by its one largest magnitude."""
-    amax = tf.reduce_max(tf.abs(x), axis=[-2, -1], keepdims=True)
-    scales = tf.where(amax == 0.0, 1.0, tf.maximum(amax / fmt.max, 2.0**-126))
-    return BlockScaled(cast(x / scales, fmt), scales, (1, 1))

@@ -137,21 +137,14 @@ def _stats(x: tf.Tensor, small: BlockScaled, fmt: Format) -> _Seen:
 
     # A scaled number that is a rounding above the largest is not one that did not fit.
     widest = fmt.max * (1.0 + fmt.worst_relative_error)
-    one = small.block == (1, 1)  # with one scale a matrix
-    scales = small.scales if one else _over_numbers(small.scales, small.block, tf.shape(x))
     return _Seen(
         amax=tf.reduce_max(tf.abs(x)),
         underflow=share(values == 0.0),
         subnormal=share((values > 0.0) & (values < fmt.smallest_normal)),
-        overflow=share(tf.abs(x) > widest * scales),
+        overflow=share(tf.abs(x) > widest * small.spread_scales()),
         smallest_scale=tf.reduce_min(small.scales),
         largest_scale=tf.reduce_max(small.scales),
     )
-
-
-def _over_numbers(scales: tf.Tensor, block: tuple[int, int], shape: tf.Tensor) -> tf.Tensor:
-    rows, columns = tf.range(shape[-2]) // block[0], tf.range(shape[-1]) // block[1]
-    return tf.gather(tf.gather(scales, rows, axis=-2), columns, axis=-1)
 
 
 def _short(value: float) -> float:
