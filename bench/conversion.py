@@ -20,7 +20,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from bench.precision_report import replaced
+from bench.marks import replaced
 from bench.process import ROOT
 from ds_model import ModelConfig
 from ds_model.checkpoint.fp8 import SCALES, is_quantized, quantization_config

@@ -10,8 +10,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from bench.growth_plots import COLOURS, MARKERS
+from bench.marks import replaced
 
-BEGIN, END = "<!-- figures: written by a command -->", "<!-- end of figures -->"
 MIB = 2**20
 TARGET = 0.25  # per cent
 REFERENCE = "BF16"
@@ -37,19 +37,6 @@ def runs_by_variant(
         if chosen:
             found[name] = chosen
     return found
-
-
-def replaced(text: str, figures: str) -> str:
-    """Return the page with other figures between its marks.
-
-    Raises:
-        ValueError: the page has no marks.
-    """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the page has no {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{figures}\n\n{END}{after}"
 
 
 def figures(found: dict[str, Any], by_name: dict[str, list[dict[str, Any]]]) -> str:

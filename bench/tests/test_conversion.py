@@ -4,7 +4,7 @@ import json
 import os
 
 from bench.conversion import DOCS, Watch, rate, table
-from bench.precision_report import replaced
+from bench.marks import replaced
 
 
 def test_speed_counts_what_is_read_and_what_is_written():

@@ -2,8 +2,9 @@
 
 import pytest
 
+from bench.marks import BEGIN, END, replaced
 from bench.precision import DOCS, VARIANTS, config_of, in_order, read
-from bench.precision_report import BEGIN, END, draw, figures, losses, replaced, runs_by_variant
+from bench.precision_report import draw, figures, losses, runs_by_variant
 
 
 def run(variant, seed, last):
