@@ -1,6 +1,8 @@
 """The training run: it learns, and an interrupted one ends in the same bits."""
 
+import hashlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -76,6 +78,26 @@ def test_another_configuration_is_refused(finished, change, said):
     with pytest.raises(CheckpointError, match=said) as caught:
         Trainer(config, tokens(), finished.out).train()
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_from_before_a_key_existed_goes_on(finished, tmp_path):
+    shutil.copytree(finished.out, tmp_path / "old")
+    for folder in (tmp_path / "old" / "checkpoints").iterdir():
+        known = json.loads((folder / "state.json").read_text())
+        del known["config"]["fp8"], known["config"]["optimizer"]["moments"], known["loss_scaling"]
+        content = json.dumps(known).encode()
+        (folder / "state.json").write_bytes(content)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        digest = hashlib.sha256(content).hexdigest()
+        manifest["state.json"] = {"bytes": len(content), "sha256": digest}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    again = Trainer(TrainConfig.from_dict(tables()), tokens(), tmp_path / "old")
+    again.train()  # nothing is left to do
+    for ours, theirs in zip(state(again), state(finished.trainer), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    other = TrainConfig.from_dict(tables(optimizer={"moments": "bfloat16"}))
+    with pytest.raises(CheckpointError, match="moments was 'float32' and is now 'bfloat16'"):
+        Trainer(other, tokens(), tmp_path / "old").train()
 
 
 def test_what_does_not_change_the_numbers_may_change(finished):

@@ -181,9 +181,9 @@ class Trainer:
         return steps[-1]
 
     def _check_same_run(self, state: dict[str, Any], path: Path) -> None:
-        now = self._state()
+        now, before = self._state(), _decisive(_with_defaults(state.get("config", {})))
         for table, values in _decisive(now["config"]).items():
-            was = _decisive(state.get("config", {})).get(table, {})
+            was = before.get(table, {})
             for key in sorted(values.keys() | was.keys()):
                 if values.get(key) != was.get(key):
                     msg = (
@@ -208,6 +208,12 @@ class Trainer:
             },
             "versions": {name: _version(name) for name in ("tensorflow", "keras", "ds-train")},
         }
+
+
+def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """What a run was begun with: a key that did not exist then had what is its default now."""
+    defaults = TrainConfig().model_dump(mode="json")
+    return {table: values | config.get(table, {}) for table, values in defaults.items()}
 
 
 def _decisive(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
