@@ -83,7 +83,8 @@ class Found(BaseModel):
 def config_of(variant: str, steps: int, seed: int) -> TrainConfig:
     """Return the quickstart's run in another precision; bfloat16 moments, as in the paper.
 
-    A fifth of its learning rate: at that one, runs that differ in rounding alone end 1% apart.
+    A fifth of its learning rate: the faster a run learns, the further apart those end that differ
+    in rounding alone.
     """
     policy, fp8 = VARIANTS[variant]
     tables = quickstart_config(steps, seed).model_dump()
