@@ -226,6 +226,15 @@ def conversion(session: nox.Session) -> None:
 
 
 @nox.session
+def quantization(session: nox.Session) -> None:
+    """Score, size and time small weights beside llama.cpp's, on a trained `mini`."""
+    install_wheels(session, "ds-model", "ds-train[plot]")
+    peers = str(Path(session.virtualenv.location).parent)
+    words = ["--environments", peers, *session.posargs]
+    session.run("python", "-m", "bench.quantization", *words, env=QUIET)
+
+
+@nox.session
 def release(session: nox.Session) -> None:
     """Release one package: `nox -s release -- ds-moe minor` (or major, patch)."""
     session.install(*nox.project.dependency_groups(GROUPS, "tools"))

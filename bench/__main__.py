@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.environments import PEERS, PeerError
-from bench.found import TRANSFORMERS, Found, Missing
+from bench.found import OURS, TRANSFORMERS, Found, Missing
 from bench.growth import GROUPS, measure_growth, run_case
 from bench.guard import guard
 from bench.machine import machine
@@ -23,7 +23,7 @@ from bench.process import ROOT
 from bench.publish import keep, publish
 from bench.startup import measure_startup
 from bench.systems import System, ours, peer
-from bench.tasks import TASKS
+from bench.tasks import TASKS, Task
 
 MODEL = ROOT / "build" / "bench" / "model"
 DOCS = ROOT / "docs"
@@ -40,10 +40,12 @@ def main(words: Sequence[str] | None = None) -> int:
     if given.guard:
         return guard(MODEL, given.threads, given.rounds, write=given.write)
     groups = [name for name in given.growth.split(",") if name]
-    if groups or given.startup or given.kernels:  # renewed alone, beside what the last run found
+    alone = groups or given.startup or given.kernels
+    if alone or given.rows:  # renewed beside what the last run found
         found = read(data)
     else:
         found = blank("full" if given.full else "short", given.threads, given.rounds)
+    if not alone:
         compare(given, found)
     for group in list(GROUPS) if given.full else groups:
         kept = [point for point in found.growth if point["group"] != group]
@@ -64,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     flag = made.add_argument
     flag("--full", action="store_true", help="all peers and rows, how cost grows, start-up")
     flag("--peers", help=f"comma-separated, instead of the usual: {', '.join(PEERS)}")
-    flag("--rows", default="", help="comma-separated: only tasks whose names start so")
+    flag("--rows", default="", help="comma-separated: renew only tasks whose names start so")
     flag("--growth", default="", help=f"renew only some of how cost grows: {','.join(GROUPS)}")
     flag("--startup", action="store_true", help="renew only start-up")
     flag("--kernels", action="store_true", help="renew only the operations alone")
@@ -88,8 +90,27 @@ def compare(given: argparse.Namespace, found: Found) -> None:
         if (given.full or not task.long or given.rows)
         and task.key.startswith(tuple(given.rows.split(",")))
     ]
+    forget(found, tasks, names)
     systems = prepare(names, given.environments, found)
     measure(systems, tasks, given.threads, found, lambda: keep(found, given.out))
+    found.rows.sort(key=lambda row: TASKS.index(row.task))
+
+
+def forget(found: Found, tasks: Sequence[Task], peers: Sequence[str]) -> None:
+    """Take out what is about to be measured again."""
+    precisions = {task.precision for task in tasks}
+    again = {OURS, *peers}
+    found.rows = [row for row in found.rows if row.task not in tasks]
+    found.agreement = [
+        line
+        for line in found.agreement
+        if line.precision not in precisions or line.system not in again
+    ]
+    found.missing = [
+        line
+        for line in found.missing
+        if line.system not in again or line.precision not in {None, *precisions}
+    ]
 
 
 def prepare(names: Sequence[str], environments: Path, found: Found) -> list[System]:

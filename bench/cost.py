@@ -11,9 +11,13 @@ from collections.abc import Mapping
 from bench.tasks import Precision, Task
 from ds_model import ModelConfig, parameter_counts
 
-# 8-bit: 32 weights share a 16-bit scale, as in llama.cpp's Q8_0.
-WEIGHT_BYTES: dict[Precision, float] = {"float32": 4, "bfloat16": 2, "int8": 34 / 32}
-CACHE_BYTES: dict[Precision, int] = {"float32": 4, "bfloat16": 2, "int8": 2}
+# 8 and 4 bits: 32 weights share a 16-bit scale, as in llama.cpp's Q8_0 and Q4_0.
+WEIGHT_BYTES: dict[Precision, float] = {
+    "float32": 4, "bfloat16": 2, "int8": 34 / 32, "int8_channel": 1, "int4": 18 / 32, "fp8": 1
+}  # fmt: skip
+CACHE_BYTES: dict[Precision, int] = {
+    "float32": 4, "bfloat16": 2, "int8": 2, "int8_channel": 2, "int4": 2, "fp8": 2
+}  # fmt: skip
 
 
 def train_flops(config: ModelConfig) -> float:

@@ -9,10 +9,12 @@ from bench.found import Found
 from bench.growth_plots import write_plots
 from bench.process import ROOT
 from bench.report import page, read_notes
-from bench.tasks import PRECISIONS, PRESET, Task
+from bench.tasks import PRESET, Precision, Task
 from ds_model import ModelConfig
 
 NOTES = ROOT / "bench" / "notes.md"
+
+GROWN: tuple[Precision, ...] = ("float32", "bfloat16", "int8")  # whose limits the plots show
 
 
 def publish(found: Found, out: Path) -> None:
@@ -41,7 +43,7 @@ def decode_limits(found: Found, config: ModelConfig) -> dict[int, dict[str, floa
     for point in found.growth:
         if point["group"] != "batch":
             continue
-        for precision in PRECISIONS:
+        for precision in GROWN:
             task = Task("decode", point["x"], point["context"], precision, new=point["new"])
             limit = limit_speed(config, task, found.limits)
             if limit is not None:

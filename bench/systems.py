@@ -15,6 +15,7 @@ from bench.tasks import PRECISIONS, Precision
 
 LLAMA, VLLM = "llama.cpp", "vLLM"
 GGUF: dict[Precision, str] = {"float32": "f32", "bfloat16": "bf16", "int8": "q8_0"}
+FEWER: dict[Precision, str] = {"int4": "q4_0"}  # by llama.cpp's own quantizer
 CACHE_GIB = 2  # vLLM's, enough for 32 sequences of 544 tokens
 
 
@@ -70,7 +71,7 @@ def peer(name: str, under: Path, model: Path, threads: int) -> System:
     variables: dict[str, str] = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if name == LLAMA:
         model = gguf(environment, Environment(PEERS[TRANSFORMERS], under), model)
-        precisions = PRECISIONS
+        precisions = (*GGUF, *FEWER)
     if name == VLLM:
         variables |= vllm_variables(threads)
     return System(name, PEERS[name].module, environment.python, model, precisions, variables)
@@ -95,6 +96,12 @@ def gguf(llama: Environment, converter: Environment, model: Path) -> Path:
         if run.returncode:
             reason = (run.stderr.strip().splitlines() or ["no message"])[-1]
             raise PeerError(f"converting to GGUF {kind} failed: {reason[:160]}")
+    for precision, kind in FEWER.items():
+        command = [str(llama.python), "-m", "bench.workers.quantize_gguf"]
+        command += [str(out / "float32.gguf"), str(out / f"{precision}.gguf"), kind]
+        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        if run.returncode:
+            raise PeerError(f"llama.cpp does not quantize to {kind}: {run.stderr.strip()[-160:]}")
     return out
 
 

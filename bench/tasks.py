@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 Kind = Literal["train", "prefill", "decode"]
-Precision = Literal["float32", "bfloat16", "int8"]
+Precision = Literal["float32", "bfloat16", "int8", "int8_channel", "int4", "fp8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 PRESET = "bench"
 CONTEXT = 512
@@ -25,8 +25,8 @@ class Task:
             their last positions; "decode" writes tokens one by one after a prompt.
         batch: sequences at once.
         length: tokens of each sequence; for "decode" those of the prompt.
-        precision: of the products; "bfloat16" training keeps float32 weights, "int8" is 8-bit
-            weights only.
+        precision: of the products; "bfloat16" training keeps float32 weights; what follows it
+            are small weights, beside activations of the system's choice.
         new: tokens that "decode" writes for each sequence, the first apart.
         long: timed with `--full` only.
     """
@@ -47,13 +47,14 @@ class Task:
     def title(self) -> str:
         """The name that the page shows."""
         precision = {"float32": "float32", "bfloat16": "BF16", "int8": "8-bit weights"}
+        shown = precision.get(self.precision, f"{self.precision} weights")
         what = {
             "train": f"train step, {self.batch} x {self.length}",
             "prefill": f"prefill, {self.batch} x {self.length}",
             "decode": f"decode, batch {self.batch}, {self.length} before",
         }
         mixed = " mixed" if (self.kind, self.precision) == ("train", "bfloat16") else ""
-        return f"{what[self.kind]}, {precision[self.precision]}{mixed}"
+        return f"{what[self.kind]}, {shown}{mixed}"
 
     @property
     def tokens(self) -> int:

@@ -31,9 +31,11 @@ class LlamaCpp(Worker):
         self._quiet = cpp.llama_log_callback(lambda *_: None)  # kept: C calls it later
         cpp.llama_log_set(self._quiet, None)
         file = model / f"{precision}.gguf"
-        self._lm = cpp.llama_model_load_from_file(
-            str(file).encode(), cpp.llama_model_default_params()
-        )
+        wanted = cpp.llama_model_default_params()
+        # Where there is a matrix unit, its copy of whole-number weights ends the process: an assert
+        # on the experts' product.
+        wanted.use_extra_bufts = precision not in ("int8", "int4") or not has_matrix_unit()
+        self._lm = cpp.llama_model_load_from_file(str(file).encode(), wanted)
         if not self._lm:
             raise RuntimeError(f"llama.cpp does not load {file.name}")
 
@@ -59,6 +61,14 @@ class LlamaCpp(Worker):
         """Return the last positions' logits `[B, V]`."""
         with self._sequences(len(ids), ids.shape[1]) as sequences:
             return sequences.feed(ids, 0)
+
+    def every_logits(self, ids: np.ndarray) -> np.ndarray:
+        """Return all positions' logits `[S, V]`."""
+        sequences = self._context(1, len(ids), flash=False)
+        try:
+            return sequences.feed(ids[None], 0, every=True)
+        finally:
+            sequences.close()
 
     def greedy(self, ids: np.ndarray, new: int) -> np.ndarray:
         """Return the best next tokens `[B, new]`, through the cache."""
@@ -110,6 +120,12 @@ class LlamaCpp(Worker):
         return run
 
 
+def has_matrix_unit() -> bool:
+    """Say whether this is an x86 processor with AMX."""
+    known = Path("/proc/cpuinfo")
+    return known.exists() and "amx_int8" in known.read_text(encoding="ascii", errors="replace")
+
+
 class Sequences:
     """A context with one cache for each of several sequences of one length.
 
@@ -151,8 +167,11 @@ class Sequences:
         self._memory = cpp.llama_get_memory(self._context)
         self._batch = cpp.llama_batch_init(count * length, 0, count)
 
-    def feed(self, ids: np.ndarray, start: int) -> np.ndarray:
-        """Put ids `[B, S]` at positions from `start` on; returns the last ones' logits `[B, V]`."""
+    def feed(self, ids: np.ndarray, start: int, every: bool = False) -> np.ndarray:
+        """Put ids `[B, S]` at positions from `start` on; returns the last ones' logits `[B, V]`.
+
+        With `every` those of all `[B * S, V]`.
+        """
         batch, (rows, columns) = self._batch, ids.shape
         batch.n_tokens = rows * columns
         flat = ids.ravel().tolist()
@@ -162,11 +181,11 @@ class Sequences:
             batch.pos[slot] = start + column
             batch.n_seq_id[slot] = 1
             batch.seq_id[slot][0] = row
-            batch.logits[slot] = column == columns - 1
+            batch.logits[slot] = every or column == columns - 1
         if code := cpp.llama_decode(self._context, batch):
             raise RuntimeError(f"llama_decode gives {code} for {rows} x {columns} tokens")
         cpp.llama_synchronize(self._context)
-        ends = range(columns - 1, rows * columns, columns)
+        ends = range(rows * columns) if every else range(columns - 1, rows * columns, columns)
         found = [
             np.ctypeslib.as_array(
                 cpp.llama_get_logits_ith(self._context, end), shape=(self._vocab,)

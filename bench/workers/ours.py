@@ -17,6 +17,7 @@ import tensorflow as tf
 from bench.tasks import Precision, Task
 from bench.workers.worker import Run, Timed, Worker, main
 from ds_model import CausalLM
+from ds_precision import MODES
 from ds_train import Callback, StepMetrics, TrainConfig, Trainer
 
 FOREVER = 1_000_000  # steps that a stepping trainer is told to do; it is stopped long before
@@ -53,6 +54,10 @@ class Ours(Worker):
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """Return the last positions' logits `[B, V]`."""
         return self._lm(ids, logits_to_keep=1).numpy()[:, -1]
+
+    def every_logits(self, ids: np.ndarray) -> np.ndarray:
+        """Return all positions' logits `[S, V]`."""
+        return self._lm(ids[None]).numpy()[0]
 
     def greedy(self, ids: np.ndarray, new: int) -> np.ndarray:
         """Return the tokens that `generate` adds `[B, new]`."""
@@ -118,11 +123,9 @@ class Ours(Worker):
 
 
 def load(model: Path, precision: Precision) -> CausalLM:
-    """Open the model with weights of a precision; 8-bit ones beside float32 activations."""
-    if precision == "int8":
-        found = CausalLM.from_pretrained(model, dtype="float32")
-        found.quantize("int8")
-        return found
+    """Open the model with weights of a precision; small ones beside bfloat16 activations."""
+    if precision in MODES:
+        return CausalLM.from_pretrained(model, quantize=precision, dtype="bfloat16")
     return CausalLM.from_pretrained(model, dtype=precision)
 
 

@@ -70,6 +70,19 @@ class Worker(ABC):
     def greedy(self, ids: np.ndarray, new: int) -> np.ndarray:
         """Return the `new` best next tokens `[B, new]` after each row of ids `[B, S]`."""
 
+    def every_logits(self, ids: np.ndarray) -> np.ndarray:
+        """Return all positions' logits `[S, V]`, or log-probabilities, of ids `[S]`."""
+        raise NotImplementedError(f"{type(self).__name__} scores no text, asked for {len(ids)}")
+
+    def score(self, ids: np.ndarray, path: str) -> None:
+        """Write log-probabilities `[B, S, V]` float32 of ids `[B, S]` to a file."""
+        rows = []
+        for row in ids:
+            logits = self.every_logits(row).astype(np.float64)
+            logits -= logits.max(-1, keepdims=True)
+            rows.append((logits - np.log(np.exp(logits).sum(-1, keepdims=True))).astype("f4"))
+        np.save(path, np.stack(rows))
+
     def limits(self) -> dict[str, float]:
         """Return the best rates that this system's own kernels reach; see `bench.limits`."""
         return {}
@@ -130,6 +143,7 @@ class Worker(ABC):
             "run": self.run,
             "logits": lambda ids: self.logits(np.array(ids, np.int32)).tolist(),
             "greedy": lambda ids, new: self.greedy(np.array(ids, np.int32), new).tolist(),
+            "score": lambda ids, path: self.score(np.array(ids, np.int32), path),
             "first_step": lambda task: self.first_step(Task(**task)),
             "limits": self.limits,
         }

@@ -14,11 +14,13 @@ from ds_precision import (
     Fp8Policy,
     Fp8Recipe,
     Linear,
+    dequantize_blocks,
     fp8_matmul,
     fp8_recipe,
     watch_fp8,
     without_fp8,
 )
+from ds_precision.fp8 import FORMATS, eight_bit_product
 
 TYPES = {"E4M3": (ml_dtypes.float8_e4m3fn, 448.0), "E5M2": (ml_dtypes.float8_e5m2, 57344.0)}
 
@@ -228,3 +230,58 @@ def test_bad_source_and_format_are_named():
         Fp8Policy("float16")
     with pytest.raises(ValueError, match=r"fp8_input_format is 'E8M0'.*E4M3"):
         Linear(4, fp8_input_format="E8M0")
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    tokens=st.integers(1, 40),
+    inner=st.integers(1, 300),
+    outer=st.integers(1, 200),
+    tile=st.sampled_from([64, 128]),
+    fmt=st.sampled_from(["E4M3", "E5M2"]),
+    whole=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_products_of_8_bit_numbers_are_those_of_what_they_mean(
+    tokens, inner, outer, tile, fmt, whole, seed
+):
+    """The form for GPUs, on a CPU."""
+    rng = np.random.default_rng(seed)
+    how = Fp8Recipe(tile=tile, scaling="tensor" if whole else "block")
+    x = tf.constant(
+        rng.normal(size=(tokens, inner)) * 10.0 ** rng.integers(-3, 3, inner), "float32"
+    )
+    w = tf.constant(rng.normal(size=(inner, outer)), "float32")
+    left, right = how.rows(x, FORMATS[fmt]), how.blocks(w)
+    exact = tf.cast(dequantize_blocks(left), tf.float64) @ tf.cast(
+        dequantize_blocks(right), tf.float64
+    )
+
+    found = eight_bit_product(left, right).numpy()
+    size = np.abs(dequantize_blocks(left).numpy()) @ np.abs(dequantize_blocks(right).numpy())
+    assert (np.abs(found - exact) <= 1e-5 * size + 1e-30).all()
+
+
+def test_tiles_that_differ_are_named():
+    one, two = Fp8Recipe(tile=64), Fp8Recipe(tile=128)
+    with pytest.raises(ValueError, match="a has tiles of 64 along the inner size, b of 128"):
+        eight_bit_product(one.rows(tf.ones([2, 256])), two.blocks(tf.ones([256, 2])))
+
+
+def test_under_xla_a_gpu_would_take_that_form(monkeypatch):
+    """Both passes, on a CPU that says it is a GPU: the numbers of the other form."""
+    x = tf.random.stateless_normal([70, 200], seed=[1, 2])
+    w = tf.random.stateless_normal([200, 150], seed=[3, 4])
+
+    def step(x, w):
+        with tf.GradientTape() as tape:
+            tape.watch([x, w])
+            y = fp8_matmul(x, w)
+            loss = tf.reduce_sum(y * tf.sin(tf.range(150.0)))
+        return [y, *tape.gradient(loss, [x, w])]
+
+    expected = tf.function(step, jit_compile=True)(x, w)
+    monkeypatch.setattr(Fp8Recipe, "multiplies_bits", lambda *_: True)
+    found = tf.function(step, jit_compile=True)(x, w)
+    for ours, other in zip(found, expected, strict=True):
+        assert np.abs(ours - other).max() < 1e-5 * np.abs(other).max()

@@ -1,5 +1,10 @@
 """The compiled operations against plain TensorFlow, in value and gradient."""
 
+import os
+import platform
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -78,17 +83,6 @@ def test_bfloat16_products_of_many_panels_and_blocks(rows, inner, outer, w_type)
     # The weight's gradient is float32 for float32 weights: sums of exact products.
     limit = 3e-6 if w_type == tf.float32 else within(tf.bfloat16)
     assert apart(dw, tf.transpose(wide) @ above) < limit
-
-
-@pytest.mark.parametrize("rows", [1, 3, 8, 9, 30])
-def test_8_bit_weights_are_multiplied_by_the_scale_of_their_32_rows(rows):
-    rng = np.random.default_rng(rows)
-    x = normal(rng, rows, 96)
-    q = rng.integers(-127, 128, (96, 130)).astype(np.int8)
-    scales = rng.uniform(0.5, 2, (3, 130)).astype(np.float32)
-
-    y = kernels().ds_matmul(x=x, w=tf.constant(q), scales=tf.constant(scales))
-    assert apart(y, x.numpy() @ (q * np.repeat(scales, 32, axis=0))) < 3e-6
 
 
 def stock_experts(x, indices, gates, gate_up, down):
@@ -247,3 +241,39 @@ def test_results_do_not_depend_on_the_number_of_threads():
     for other in outputs[1:]:
         for first, second in zip(outputs[0], other, strict=True):
             np.testing.assert_array_equal(first, second)
+
+
+PROGRAM = """
+import sys
+import numpy as np, tensorflow as tf
+from ds_precision import MODES, matmul, quantize_weights
+
+rng = np.random.default_rng(0)
+found = []
+for rows in (3, 40):
+    x = tf.constant(rng.normal(size=(rows, 160)), tf.float32)
+    w = rng.normal(size=(160, 70)).astype("f4")
+    w[:, 3] *= 1e-6  # subnormal numbers of E4M3
+    found.append(matmul(x, tf.constant(w)).numpy())
+    found += [matmul(x, quantize_weights(w, mode)).numpy() for mode in MODES]
+np.savez(sys.argv[1], *found)
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are those of x86")
+def test_the_code_for_lesser_processors_gives_the_same(tmp_path, monkeypatch):
+    """Compiled without the instructions that this machine may have, in a process of its own."""
+    wrapper = tmp_path / "c++"
+    wrapper.write_text('#!/bin/sh\nexec c++ "$@" -march=x86-64-v3 -O0\n')
+    wrapper.chmod(0o755)
+    here, lesser = tmp_path / "here.npz", tmp_path / "lesser.npz"
+    surroundings = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "CXX": str(wrapper)}
+    command = [sys.executable, "-c", PROGRAM, str(lesser)]
+    subprocess.run(command, env=surroundings, check=True)  # noqa: S603 - our own program
+    monkeypatch.setattr(sys, "argv", ["", str(here)])
+    exec(PROGRAM, {})  # noqa: S102 - the same program
+
+    ours, theirs = np.load(here), np.load(lesser)
+    assert len(ours.files) == 10
+    for name in ours.files:
+        np.testing.assert_allclose(theirs[name], ours[name], rtol=1e-4, atol=1e-4)

@@ -17,12 +17,24 @@ import tensorflow as tf
 from ds_attention import CausalMask, RMSNorm
 from ds_model.block import DecoderBlock, MTPModule, Window
 from ds_model.checkpoint import load_into, mtp_depth_present, save, unwritten
+from ds_model.checkpoint.layout import layout
+from ds_model.checkpoint.loading import put_small, value_at
+from ds_model.checkpoint.small import STORED, small_form
 from ds_model.config import ModelConfig
 from ds_model.fit import training_step
 from ds_model.generate import GenerationStats, Generator
 from ds_model.recompute import Recompute, check_recompute, run_block
 from ds_moe import MixtureOfExperts, Routing
-from ds_precision import Linear, matmul, without_fp8
+from ds_precision import (
+    Linear,
+    check_mode,
+    matmul,
+    quantize_weights,
+    takes_any_mode,
+    without_fp8,
+)
+
+_SMALL_DTYPES = ("int8", "uint8", "float8_e4m3fn")
 
 
 class ModelOutput(NamedTuple):
@@ -63,6 +75,7 @@ class CausalLM(keras.Model):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        takes_any_mode(self)
         self.config = config if isinstance(config, ModelConfig) else ModelConfig.from_dict(config)
         self.bias_update_speed = bias_update_speed
         c, policy = self.config, self.dtype_policy
@@ -227,21 +240,26 @@ class CausalLM(keras.Model):
         return found
 
     def quantize(self, mode: str = "int8", **_: Any) -> None:
-        """Turn experts and projections to 8 bits for serving: a quarter of float32's memory.
+        """Keep experts, projections and head in 8 or 4 bits, for serving.
 
-        Embedding, norms, routers and `kv_b_proj`, which decoding takes apart, stay as they are.
-        The model can't be trained or saved any more.
+        Embedding, norms, routers and `kv_b_proj`, which decoding takes apart, stay as they are; so
+        do the head and the MTP modules' projections in "fp8", where the released files keep them.
+        In "int4" the head takes "int8". The model can't be trained or saved any more; files of
+        small weights are what `ds-model quantize` writes.
 
         Args:
-            mode: "int8": whole numbers, one scale for every 32 rows of a column.
+            mode: "int8", "int8_channel", "int4" or "fp8"; see `ds_precision.quantize_weights`.
             **_: what else Keras hands over.
 
         Raises:
-            ValueError: another mode, or a width that is not a multiple of 32.
+            ValueError: another mode; a width that is not a multiple of 32, but for "fp8"; a weight
+                that is not finite.
         """
-        for layer in self._flatten_layers(include_self=False):
-            if isinstance(layer, Linear | MixtureOfExperts) and layer.name != "kv_b_proj":
-                layer.quantize(mode)
+        check_mode(mode)
+        for entry in layout(self.config):
+            weight = value_at(self, entry.path)
+            if weight is not None and (form := small_form(entry, mode)):
+                put_small(self, entry, quantize_weights(weight, form))
         self.__dict__.pop("_generator_made", None)  # its graphs hold the old weights
 
     def compile(self, *args: Any, jit_compile: bool | str = "auto", **kwargs: Any) -> None:
@@ -262,25 +280,30 @@ class CausalLM(keras.Model):
         return training_step(self, data)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, **kwargs: Any) -> Self:
+    def from_pretrained(cls, path: str | Path, quantize: str | None = None, **kwargs: Any) -> Self:
         """Load a Hugging Face directory (`config.json`, safetensors).
 
         An MTP module that config.json announces and that no tensor belongs to is left out,
         with a notice: `transformers` writes such directories.
 
         Args:
-            path: the directory.
+            path: the directory; small weights in it are read as the floating numbers they mean.
+            quantize: keep weights small, for serving: a mode of `quantize`, or "stored" for what
+                the files hold. Weights that lie in the files in that mode are taken as they are.
             **kwargs: of the constructor, `dtype` among them.
 
         Raises:
             ConfigError: config.json is missing or wrong.
             CheckpointError: a tensor is missing, unused, misshapen or unreadable.
+            ValueError: no such mode, or one that does not fit; see `quantize`.
         """
+        if quantize not in (None, STORED):
+            check_mode(quantize)
         config = ModelConfig.from_pretrained(path)
         depth = mtp_depth_present(path, config)
         with unwritten() as made:
             model = cls(config.replace(num_nextn_predict_layers=depth), **kwargs)
-        made.draw_all_but(load_into(model, path))
+        made.draw_all_but(load_into(model, path, quantize))
         return model
 
     def save_pretrained(self, path: str | Path) -> None:
@@ -288,10 +311,13 @@ class CausalLM(keras.Model):
 
         Raises:
             CheckpointError: the directory can't be written.
-            ValueError: the model has 8-bit weights.
+            ValueError: the model has small weights.
         """
-        if any(weight.dtype == "int8" for weight in self.weights):
-            raise ValueError("the model has 8-bit weights; only floating ones can be saved")
+        if any(weight.dtype in _SMALL_DTYPES for weight in self.weights):
+            raise ValueError(
+                "the model has small weights and only floating ones can be saved; "
+                "`ds-model quantize` writes files of small ones"
+            )
         save(self, path)
 
     def get_config(self) -> dict[str, Any]:

@@ -22,9 +22,10 @@ from ds_model.checkpoint.saving import DTypeName
 from ds_model.errors import CheckpointError, ConfigError, TokenizerError
 from ds_model.inspection import Inspection, inspect
 
+GB = 10**9
 app = typer.Typer(
     name="ds-model",
-    help="Look at DeepSeek checkpoints and convert them.",
+    help="Look at DeepSeek checkpoints, convert and quantize them.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,
@@ -109,6 +110,66 @@ def convert_command(
         typer.echo(f"{target}: written.{following}")
 
 
+class Mode(StrEnum):
+    """What `quantize` writes."""
+
+    INT4 = "int4"
+    INT8 = "int8"
+    INT8_CHANNEL = "int8_channel"
+    FP8 = "fp8"
+
+
+@app.command("quantize")
+def quantize_command(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Directory, of any dtype.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="New directory.")],
+    mode: Annotated[
+        Mode,
+        typer.Option(
+            help="int4, int8: 32 weights a scale; int8_channel: one scale an output; "
+            "fp8: blocks of 128x128, the released form."
+        ),
+    ] = Mode.INT8,
+    experts: Annotated[
+        str | None,
+        typer.Option(metavar="RANK/OF", help="Only one rank's routed experts, and all else."),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option(help="Hold SRC to its SHA256SUMS first, if it has any.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs: every matrix.")] = False,
+) -> None:
+    """Write a checkpoint with small weights, for serving, and say what rounding changed.
+
+    Experts and projections become small; embedding, norms and routers are bfloat16. Whole numbers
+    are stored as compressed-tensors does ("pack-quantized"). Stopped, it goes on when it is called
+    again. Load DST with CausalLM.from_pretrained(DST, quantize="stored"), or without for floats.
+    """
+    errors: dict[str, float] = {}
+    with _one_line_errors():
+        if check:
+            with _progress_bar(f"{source.name}, checksums") as progress:
+                verify(source, progress)
+        share = None if experts is None else ExpertSlice.parse(experts)
+        with _progress_bar(source.name) as progress:
+            to_hf(
+                source,
+                target,
+                mode.value,
+                progress=progress,
+                experts=share,
+                heard=errors.__setitem__,
+            )
+    size = sum(path.stat().st_size for path in target.glob("*.safetensors"))
+    if as_json:
+        said = {"source": str(source), "target": str(target), "mode": mode.value}
+        typer.echo(json.dumps(said | {"bytes": size, "relative_errors": errors}))
+        return
+    if errors:
+        Console().print(_error_table(errors, mode.value))
+    typer.echo(f"{target}: written, {size:,} bytes. Try: ds-model inspect {target}")
+
+
 def main() -> None:
     """Run the command line."""
     app()
@@ -135,6 +196,20 @@ def _progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+def _error_table(errors: dict[str, float], mode: str) -> Table:
+    """What rounding changed, by the kind of matrix."""
+    kinds: dict[str, list[float]] = {}
+    for name, error in errors.items():
+        kinds.setdefault(name.removesuffix(".weight").rpartition(".")[2], []).append(error)
+    table = Table(title=f"{mode}: norm of the change over the matrix's own")
+    for title in ("matrices", "how many", "mean", "worst"):
+        table.add_column(title, justify="left" if title == "matrices" else "right")
+    for kind, found in kinds.items():
+        mean = sum(found) / len(found)
+        table.add_row(kind, f"{len(found):,}", f"{mean:.2%}", f"{max(found):.2%}")
+    return table
+
+
 def _table(found: Inspection) -> Table:
     counts, saving = found.parameters, f"{found.cache_saving:.1%} less"
     table = Table(title=found.name, show_header=False)
@@ -149,5 +224,8 @@ def _table(found: Inspection) -> Table:
     table.add_row("weights", f"{found.weight_bytes:,} bytes {where}")
     cache = f"{found.cache_bytes_per_token:,} bytes a token in {found.cache_dtype}"
     table.add_row("cache", f"{cache}, MHA {found.mha_cache_bytes_per_token:,}: {saving}")
+    held = (f"{size / GB:,.2f} GB in {way}" for way, size in found.serving.items())
+    tokens = GB // found.cache_bytes_per_token
+    table.add_row("serving", f"{', '.join(held)};\n{tokens:,.0f} tokens of cache a GB")
     table.add_row("loads", "-" if not found.dtypes else found.problem or "yes")
     return table

@@ -8,6 +8,7 @@ from pathlib import Path
 from ds_attention import memory_report
 from ds_model.checkpoint.checking import check_layout, present_depth
 from ds_model.checkpoint.reader import TensorFiles
+from ds_model.checkpoint.small import modes_of
 from ds_model.config import ModelConfig
 from ds_model.errors import CheckpointError
 from ds_model.parameters import ParameterCounts, parameter_counts
@@ -35,6 +36,8 @@ class Inspection:
         cache_dtype: of the two figures that follow.
         cache_bytes_per_token: latent cache, all layers of the main model.
         mha_cache_bytes_per_token: standard attention's, same heads and layers.
+        serving: bytes of the weights in memory, by the way they are held: "bfloat16", or a mode of
+            `CausalLM.quantize`.
         problem: why the directory can't be loaded, or `None`.
     """
 
@@ -49,6 +52,7 @@ class Inspection:
     cache_dtype: str
     cache_bytes_per_token: int
     mha_cache_bytes_per_token: int
+    serving: dict[str, int]
     problem: str | None
 
     @property
@@ -109,5 +113,6 @@ def _describe(
         cache_dtype=cache_dtype,
         cache_bytes_per_token=cache.mla_bytes * config.num_hidden_layers,
         mha_cache_bytes_per_token=cache.mha_bytes * config.num_hidden_layers,
+        serving=dict(modes_of(config)),
         problem=problem,
     )

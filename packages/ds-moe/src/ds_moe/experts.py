@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from ds_precision import Int8Weights, fused_experts, matmul, traced_for_xla, use_kernels
+from ds_precision import QuantizedWeights, fused_experts, matmul, traced_for_xla, use_kernels
 
 LARGEST_BLOCK = 128
 
@@ -32,8 +32,8 @@ def run_experts(
     x: tf.Tensor,
     indices: tf.Tensor,
     gates: tf.Tensor,
-    gate_up: tf.Tensor | Int8Weights,
-    down: tf.Tensor | Int8Weights,
+    gate_up: tf.Tensor | QuantizedWeights,
+    down: tf.Tensor | QuantizedWeights,
 ) -> tf.Tensor:
     """Sum the chosen experts' outputs, by the program that fits where this is traced.
 
@@ -41,16 +41,16 @@ def run_experts(
         x: `[T, D]`, floating.
         indices: `[T, K]` int32.
         gates: `[T, K]`, floating.
-        gate_up: `[E, D, 2I]`, gate first; of any float type, or 8-bit.
+        gate_up: `[E, D, 2I]`, gate first; of any float type, or small.
         down: `[E, I, D]`, of the type of `gate_up`.
 
     Returns:
         `[T, D]` in the type of `x`.
     """
-    int8 = isinstance(gate_up, Int8Weights)
-    if use_kernels(x) if int8 else use_kernels(x, gate_up, down):
+    small = isinstance(gate_up, QuantizedWeights)
+    if use_kernels(x) if small else use_kernels(x, gate_up, down):
         return fused_experts(x, indices, gates, gate_up, down)
-    if int8:
+    if small:
         gate_up, down = gate_up.dequantize(), down.dequantize()
     run = blocked_experts if traced_for_xla() else sorted_experts
     return run(x, indices, gates, tf.cast(gate_up, x.dtype), tf.cast(down, x.dtype))

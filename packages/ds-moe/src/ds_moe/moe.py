@@ -15,7 +15,15 @@ from ds_moe.experts import run_experts
 from ds_moe.fp8_experts import fp8_experts
 from ds_moe.router import Router, Routing
 from ds_moe.swiglu import SwiGLU
-from ds_precision import Int8Weights, RestoresPolicy, fp8_recipe, replace_by_int8
+from ds_precision import (
+    QuantizedWeights,
+    RestoresPolicy,
+    check_mode,
+    fp8_recipe,
+    quantize_weights,
+    replace_weights,
+    takes_any_mode,
+)
 
 
 @keras.saving.register_keras_serializable(package="ds_moe")
@@ -32,6 +40,7 @@ class MixtureOfExperts(RestoresPolicy, keras.layers.Layer):
 
     def __init__(self, config: MoEConfig | dict[str, Any], **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        takes_any_mode(self)
         self.config = config if isinstance(config, MoEConfig) else MoEConfig(**config)
         c = self.config
         self.gate = Router(c, name="gate")
@@ -93,30 +102,39 @@ class MixtureOfExperts(RestoresPolicy, keras.layers.Layer):
             y += self.shared_experts(x)
         return tf.ensure_shape(y, x.shape), routing
 
-    def _experts(self) -> tuple[tf.Tensor | Int8Weights, ...]:
+    def _experts(self) -> tuple[tf.Tensor | QuantizedWeights, ...]:
         if self.gate_up_proj is not None:
             return tf.convert_to_tensor(self.gate_up_proj), tf.convert_to_tensor(self.down_proj)
         return (
-            Int8Weights(self.gate_up_proj_values, self.gate_up_proj_scales),
-            Int8Weights(self.down_proj_values, self.down_proj_scales),
+            QuantizedWeights(self.gate_up_proj_values, self.gate_up_proj_scales),
+            QuantizedWeights(self.down_proj_values, self.down_proj_scales),
         )
 
     def quantize(self, mode: str = "int8", **_: Any) -> None:
-        """Replace the routed experts by 8-bit weights, for inference.
+        """Replace the routed experts by small weights, for inference; see `quantize_weights`.
 
         Args:
-            mode: "int8", the one there is.
+            mode: "int8", "int8_channel", "int4" or "fp8".
             **_: what else Keras hands over.
 
         Raises:
-            ValueError: another mode, or a width that is not a multiple of 32.
+            ValueError: another mode; a width that is not a multiple of 32, but for "fp8".
         """
-        if mode != "int8":
-            raise ValueError(f"mode is {mode!r}; it must be 'int8'")
-        if self.gate_up_proj is None:
-            return
-        self.gate_up_proj_values, self.gate_up_proj_scales = replace_by_int8(self, "gate_up_proj")
-        self.down_proj_values, self.down_proj_scales = replace_by_int8(self, "down_proj")
+        check_mode(mode)
+        for name in ("gate_up_proj", "down_proj"):
+            if (weight := getattr(self, name)) is not None:
+                self.put_quantized(name, quantize_weights(weight, mode))
+
+    def put_quantized(self, name: str, weights: QuantizedWeights) -> None:
+        """Replace one of the stacks by small weights that are there already.
+
+        Args:
+            name: "gate_up_proj" or "down_proj"; both are to be replaced before the next call.
+            weights: of `[E, D, 2I]` or `[E, I, D]`.
+        """
+        values, scales = replace_weights(self, name, weights)
+        setattr(self, f"{name}_values", values)
+        setattr(self, f"{name}_scales", scales)
 
     def get_config(self) -> dict[str, Any]:
         """Return what `from_config` needs to make an equal layer."""

@@ -8,7 +8,14 @@ import keras
 import tensorflow as tf
 
 from ds_moe.experts import swiglu
-from ds_precision import Int8Weights, Linear, RestoresPolicy, fp8_recipe, fused_experts, use_kernels
+from ds_precision import (
+    Linear,
+    QuantizedWeights,
+    RestoresPolicy,
+    fp8_recipe,
+    fused_experts,
+    use_kernels,
+)
 
 
 @keras.saving.register_keras_serializable(package="ds_moe")
@@ -81,8 +88,8 @@ class SwiGLU(RestoresPolicy, keras.layers.Layer):
         }
 
 
-def _stacked(weights: Any) -> tf.Tensor | Int8Weights:
+def _stacked(weights: Any) -> tf.Tensor | QuantizedWeights:
     """Return one expert's weights as a stack of one."""
-    if isinstance(weights, Int8Weights):
-        return Int8Weights(*(tf.convert_to_tensor(part)[None] for part in weights))
+    if isinstance(weights, QuantizedWeights):
+        return QuantizedWeights(*(tf.convert_to_tensor(part)[None] for part in weights))
     return tf.convert_to_tensor(weights)[None]

@@ -1,6 +1,7 @@
 """Number formats and the matrix products of DeepSeek-V3."""
 
 from ds_precision.block_scaling import BlockScaled, dequantize_blocks, quantize_blocks
+from ds_precision.choice import traced_for_xla, use_kernels
 from ds_precision.formats import E4M3, E5M2, E5M6, Format, cast, from_ue8m0, to_ue8m0
 from ds_precision.fp8 import (
     Fp8Policy,
@@ -20,28 +21,32 @@ from ds_precision.fused import (
 )
 from ds_precision.latent_attention import fused_latent_attention
 from ds_precision.linear import Linear, matmul
-from ds_precision.products import (
-    fused_attention,
-    fused_experts,
-    traced_for_xla,
-    use_kernels,
-)
+from ds_precision.products import fused_attention, fused_experts
 from ds_precision.routing import fused_routing
-from ds_precision.weight_only import Int8Weights, quantize_int8, replace_by_int8
+from ds_precision.weight_only import (
+    MODES,
+    QuantizedWeights,
+    check_mode,
+    quantize_weights,
+    replace_weights,
+    takes_any_mode,
+)
 
 __all__ = [
     "E4M3",
     "E5M2",
     "E5M6",
+    "MODES",
     "AdamWUpdate",
     "BlockScaled",
     "Format",
     "Fp8Policy",
     "Fp8Recipe",
-    "Int8Weights",
     "Linear",
+    "QuantizedWeights",
     "RestoresPolicy",
     "cast",
+    "check_mode",
     "dequantize_blocks",
     "fp8_matmul",
     "fp8_recipe",
@@ -56,8 +61,9 @@ __all__ = [
     "fused_square_sum",
     "matmul",
     "quantize_blocks",
-    "quantize_int8",
-    "replace_by_int8",
+    "quantize_weights",
+    "replace_weights",
+    "takes_any_mode",
     "to_ue8m0",
     "traced_for_xla",
     "use_kernels",

@@ -15,9 +15,9 @@ from typing import Any
 
 import tensorflow as tf
 
+from ds_precision.choice import use_kernels
 from ds_precision.formats import E4M3, E5M2, Format, cast, from_ue8m0, to_ue8m0
 from ds_precision.kernels import operations
-from ds_precision.products import use_kernels
 
 WHOLE = (2**31 - 1, 2**31 - 1)
 """A block that holds any matrix."""

@@ -10,7 +10,8 @@ and their gradients stay float32 outside.
 
 The arithmetic is that of FP8 hardware, done on operands that are read back from 8 bits into
 float32 (into bfloat16 where scales are powers of two: that is exact too, and faster). So training
-behaves as it would there; it is not faster here.
+behaves as it would there; it is not faster here. Compiled by XLA for a GPU, `fp8_matmul` takes the
+form that XLA makes FP8 products of (`eight_bit_product`).
 
 Shape letters: T rows (tokens), K inner, N outer size of a weight.
 """
@@ -26,10 +27,12 @@ import keras
 import tensorflow as tf
 
 from ds_precision.block_scaling import WHOLE, BlockScaled, dequantize_blocks, quantize_blocks
+from ds_precision.choice import traced_for_xla
 from ds_precision.formats import E4M3, E5M2, E5M6, Format
 from ds_precision.products import multiply, multiply_outer, multiply_transposed
 
 FORMATS = {fmt.name: fmt for fmt in (E4M3, E5M2, E5M6)}
+_EIGHT_BITS = (E4M3.dtype, E5M2.dtype)
 _SUM_STEP = 32  # numbers of the inner size that a tensor core adds at once
 
 
@@ -103,6 +106,15 @@ class Fp8Recipe:
         """Return an operand of a product whose result is to be of `dtype`."""
         exact = self.power_of_two and dtype == tf.bfloat16
         return dequantize_blocks(small, tf.bfloat16 if exact else tf.float32)
+
+    def multiplies_bits(self, *operands: BlockScaled) -> bool:
+        """Say whether `eight_bit_product` serves here: under XLA, on a GPU, sums in float32."""
+        return (
+            all(small.values.dtype in _EIGHT_BITS for small in operands)
+            and not self.accumulator_bits
+            and traced_for_xla()
+            and bool(tf.config.list_physical_devices("GPU"))
+        )
 
     def times(self, a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
         """Return `a b`, `[T, K] [K, N]`."""
@@ -223,6 +235,45 @@ def without_fp8(policy: keras.dtype_policies.DTypePolicy) -> keras.dtype_policie
     return keras.dtype_policies.get(policy.source) if isinstance(policy, Fp8Policy) else policy
 
 
+def eight_bit_product(a: BlockScaled, b: BlockScaled) -> tf.Tensor:
+    """Return `a b` from numbers of 8 bits, tile by tile of the inner size.
+
+    `sum_k (A_k B_k) * s_k t_k`: each product is one of E4M3 or E5M2 numbers alone, summed in
+    float32, and takes its scales afterwards. XLA makes an FP8 product of each on a GPU that has
+    them; elsewhere it is the same sum, and slow.
+
+    Args:
+        a: `[T, K]` with scales a row (or rows) and tile of K.
+        b: `[K, N]` with scales a tile of K and column (or columns); the same tiles of K.
+
+    Returns:
+        `[T, N]` float32.
+
+    Raises:
+        ValueError: the tiles differ.
+    """
+    inner = a.values.shape[1]
+    tile, other = (min(inner, side) for side in (a.block[1], b.block[0]))
+    if tile != other:
+        raise ValueError(f"a has tiles of {tile} along the inner size, b of {other}")
+    rows = tf.range(tf.shape(a.values)[0]) // a.block[0]
+    columns = tf.range(tf.shape(b.values)[1]) // b.block[1]
+    total = tf.zeros([])
+    for k, first in enumerate(range(0, inner, tile)):
+        at = slice(first, min(first + tile, inner))
+        left, right = (tf.cast(v, tf.float32) for v in (a.values[:, at], b.values[at]))
+        by_row = tf.gather(a.scales[:, k], rows)[:, None]
+        by_column = tf.gather(b.scales[k], columns)[None]
+        total += tf.matmul(left, right) * by_row * by_column
+    return total
+
+
+def _turned(small: BlockScaled) -> BlockScaled:
+    return BlockScaled(
+        tf.transpose(small.values), tf.transpose(small.scales), (small.block[1], small.block[0])
+    )
+
+
 def fp8_matmul(
     x: tf.Tensor,
     kernel: Any,
@@ -252,16 +303,23 @@ def fp8_matmul(
         inner, outer = kernel.shape
         small_x = how.rows(tf.reshape(x, [-1, inner]), input_format, _part(name, "input"))
         small_w = how.blocks(kernel, _part(name, "weight"))
-        y_TN = how.times(how.read(small_x, x.dtype), how.read(small_w, x.dtype))
+        if how.multiplies_bits(small_x, small_w):
+            y_TN = eight_bit_product(small_x, small_w)
+        else:
+            y_TN = how.times(how.read(small_x, x.dtype), how.read(small_w, x.dtype))
         y = tf.reshape(tf.cast(y_TN, x.dtype), tf.concat([tf.shape(x)[:-1], [outer]], 0))
 
         def gradient(dy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             dy_TN = tf.reshape(dy, [-1, outer])
             small_dy = how.rows(dy_TN, how.gradients, _part(name, "gradient"))
-            dx = how.times_transposed(how.read(small_dy, x.dtype), how.read(small_w, x.dtype))
             tall_x = how.columns(how.read(small_x, x.dtype), input_format)
             tall_dy = how.columns(dy_TN, how.gradients)
-            dw = how.outer(how.read(tall_x, x.dtype), how.read(tall_dy, x.dtype))
+            if how.multiplies_bits(small_dy, small_w, tall_x, tall_dy):
+                dx = eight_bit_product(small_dy, _turned(small_w))
+                dw = eight_bit_product(_turned(tall_x), tall_dy)
+            else:
+                dx = how.times_transposed(how.read(small_dy, x.dtype), how.read(small_w, x.dtype))
+                dw = how.outer(how.read(tall_x, x.dtype), how.read(tall_dy, x.dtype))
             return tf.reshape(tf.cast(dx, x.dtype), tf.shape(x)), tf.cast(dw, kernel.dtype)
 
         return y, gradient

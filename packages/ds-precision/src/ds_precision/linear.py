@@ -12,9 +12,16 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from ds_precision.choice import use_kernels
 from ds_precision.fp8 import FORMATS, RestoresPolicy, fp8_matmul, fp8_recipe
-from ds_precision.products import fast_matmul, use_kernels
-from ds_precision.weight_only import Int8Weights, replace_by_int8
+from ds_precision.products import fast_matmul
+from ds_precision.weight_only import (
+    QuantizedWeights,
+    check_mode,
+    quantize_weights,
+    replace_weights,
+    takes_any_mode,
+)
 
 
 def matmul(x: tf.Tensor, kernel: Any) -> tf.Tensor:
@@ -26,12 +33,12 @@ def matmul(x: tf.Tensor, kernel: Any) -> tf.Tensor:
     Args:
         x: `[..., in]`, floating.
         kernel: `[in, out]`, tensor or variable of any float type, cast to the type of `x`; or
-            `Int8Weights`.
+            `QuantizedWeights`.
 
     Returns:
         `[..., out]` in the type of `x`.
     """
-    if isinstance(kernel, Int8Weights):
+    if isinstance(kernel, QuantizedWeights):
         if use_kernels(x):
             return fast_matmul(x, kernel)
         kernel = kernel.dequantize(x.dtype)
@@ -72,6 +79,7 @@ class Linear(RestoresPolicy, keras.layers.Layer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        takes_any_mode(self)
         if fp8_input_format not in FORMATS:
             raise ValueError(
                 f"fp8_input_format is {fp8_input_format!r}; it must be one of {', '.join(FORMATS)}"
@@ -107,25 +115,33 @@ class Linear(RestoresPolicy, keras.layers.Layer):
 
     @property
     def weights_to_multiply(self) -> Any:
-        """What `matmul` takes: the kernel, or its 8-bit form after `quantize`."""
+        """What `matmul` takes: the kernel, or its small form after `quantize`."""
         if self.kernel is not None:
             return self.kernel
-        return Int8Weights(self.kernel_values, self.kernel_scales)
+        return QuantizedWeights(self.kernel_values, self.kernel_scales)
 
     def quantize(self, mode: str = "int8", **_: Any) -> None:
-        """Replace the kernel by 8-bit weights, for inference; see `quantize_int8`.
+        """Replace the kernel by small weights, for inference; see `quantize_weights`.
 
         Args:
-            mode: "int8", the one there is.
+            mode: "int8", "int8_channel", "int4" or "fp8".
             **_: what else Keras hands over.
 
         Raises:
-            ValueError: another mode, or an `in` that is not a multiple of 32.
+            ValueError: another mode; an `in` that is not a multiple of 32, but for "fp8".
         """
-        if mode != "int8":
-            raise ValueError(f"mode is {mode!r}; it must be 'int8'")
+        check_mode(mode)
         if self.kernel is not None:
-            self.kernel_values, self.kernel_scales = replace_by_int8(self, "kernel")
+            self.put_quantized("kernel", quantize_weights(self.kernel, mode))
+
+    def put_quantized(self, name: str, weights: QuantizedWeights) -> None:
+        """Replace the kernel by small weights that are there already.
+
+        Args:
+            name: "kernel", the one weight that has a small form.
+            weights: of `[in, units]`.
+        """
+        self.kernel_values, self.kernel_scales = replace_weights(self, name, weights)
 
     def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         """Return `input_shape` with its last axis replaced by `units`."""

@@ -1,4 +1,4 @@
-"""Matrix products by the compiled kernels: what they compute, their gradients, when they fit.
+"""Matrix products by the compiled kernels: what they compute, and their gradients.
 
 Letters: T tokens, D hidden_size, I moe_intermediate_size, E experts, K experts a token.
 """
@@ -8,35 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 import tensorflow as tf
-from tensorflow.python.framework import ops
-from tensorflow.python.ops import control_flow_util
 
-from ds_precision.kernels import kernels, operations
-from ds_precision.weight_only import Int8Weights
-
-TYPES = (tf.float32, tf.bfloat16)
+from ds_precision.choice import use_kernels
+from ds_precision.kernels import operations
+from ds_precision.weight_only import QuantizedWeights
 
 
-def use_kernels(*tensors: tf.Tensor) -> bool:
-    """Say whether the compiled products serve these operands where this is traced.
-
-    They do for float32 and bfloat16 on a CPU, outside XLA, where they could be compiled.
-    """
-    return (
-        all(tensor.dtype in TYPES for tensor in tensors)
-        and not traced_for_xla()
-        and kernels() is not None
-    )
-
-
-def traced_for_xla() -> bool:
-    """Say whether the code that calls this is being traced for `jit_compile=True`."""
-    # TensorFlow has no public way to ask this; `tf.function(jit_compile=True)` traces inside
-    # an XLA control-flow context (OptionalXlaContext in polymorphic_function.py).
-    return control_flow_util.GraphOrParentsInXlaContext(ops.get_default_graph())
-
-
-def fast_matmul(x: tf.Tensor, kernel: tf.Tensor | Int8Weights) -> tf.Tensor:
+def fast_matmul(x: tf.Tensor, kernel: tf.Tensor | QuantizedWeights) -> tf.Tensor:
     """Multiply `x [..., in]` by `kernel [in, out]`, by the compiled product.
 
     The kernel is read in its own type; `x` is not widened in memory. Sums are float32.
@@ -75,8 +53,8 @@ def fused_experts(
     x: tf.Tensor,
     indices: tf.Tensor,
     gates: tf.Tensor,
-    gate_up: tf.Tensor | Int8Weights,
-    down: tf.Tensor | Int8Weights,
+    gate_up: tf.Tensor | QuantizedWeights,
+    down: tf.Tensor | QuantizedWeights,
 ) -> tf.Tensor:
     """Return `y_t = sum_k gate_tk * down_e(silu(gate_e x_t) * up_e x_t)` with `e = e_tk`.
 
@@ -86,7 +64,7 @@ def fused_experts(
         x: `[..., D]`, float32 or bfloat16; T rows in all.
         indices: `[T, K]` int32, each in `[0, E)`.
         gates: `[T, K]` float32.
-        gate_up: `[E, D, 2I]`, gate first; float32 or bfloat16, whatever `x` is, or 8-bit.
+        gate_up: `[E, D, 2I]`, gate first; float32 or bfloat16, whatever `x` is, or small.
         down: `[E, I, D]`, of the type of `gate_up`.
 
     Returns:
@@ -115,9 +93,9 @@ def fused_experts(
     return y
 
 
-def _parts(weights: tf.Tensor | Int8Weights) -> tuple[tf.Tensor, tf.Tensor]:
+def _parts(weights: tf.Tensor | QuantizedWeights) -> tuple[tf.Tensor, tf.Tensor]:
     """Return the numbers and their scales, none for floating weights."""
-    if isinstance(weights, Int8Weights):
+    if isinstance(weights, QuantizedWeights):
         return tf.convert_to_tensor(weights.values), tf.convert_to_tensor(weights.scales)
     return weights, _no_scales()
 

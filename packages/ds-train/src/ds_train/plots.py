@@ -4,7 +4,7 @@ Colours: Okabe and Ito's palette for lines, perceptually even maps for fields; b
 told apart without colour vision.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -98,6 +98,61 @@ def plot_routing(model: CausalLM, tokenizer: Tokenizer, text: str, names: Sequen
     axes[-1].set_xlabel("token, in order")
     figure.suptitle("Routing: the experts that each token goes to (blank: not chosen)")
     figure.colorbar(field, ax=list(axes), label="gate (weight of the expert's output)")
+    return figure
+
+
+def plot_stability(rows: Sequence[dict[str, Any]]) -> Figure:
+    """Draw what rounding does over steps, and each layer's gradient norm.
+
+    Operands are drawn by kind, the worst of each at every look: inputs, weights, gradients.
+
+    Args:
+        rows: Of `read_metrics`, from `stability.jsonl`.
+    """
+    steps = [row["step"] for row in rows]
+    has_operands = any(row["operands"] for row in rows)
+    figure = Figure(figsize=(8, 10 if has_operands else 4), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(4 if has_operands else 1, 1, sharex=True))
+    if has_operands:
+        panels: tuple[tuple[str, str, Callable[[list[float]], float]], ...] = (
+            ("underflow", "share that became 0", max),
+            ("amax", "largest magnitude", max),
+            ("drift", "drift of a scale [powers of 2]", lambda values: max(values, key=abs)),
+        )
+        kinds = {"input": (_BLUE, "-"), "weight": (_ORANGE, "--"), "gradient": (_GREEN, ":")}
+        for axis, (field, label, worst) in zip(axes, panels, strict=False):
+            for kind, (colour, style) in kinds.items():
+                found = [
+                    [s[field] for name, s in row["operands"].items() if name.endswith(kind)]
+                    for row in rows
+                ]
+                values = [worst(each) if each else np.nan for each in found]
+                axis.plot(steps, values, style, color=colour, label=f"{kind}s", marker=".")
+            axis.set_ylabel(label)
+            axis.grid(alpha=0.3)
+        axes[1].set_yscale("log")
+        axes[0].legend(frameon=False)
+        axes[0].set_title("Rounding to 8 bits: the worst operand of each kind")
+    layers: dict[str, list[float]] = {}
+    for row in rows:
+        squares: dict[str, float] = {}
+        for path, norm in row["gradient_norms"].items():
+            layer = path.partition("/")[0]
+            squares[layer] = squares.get(layer, 0.0) + norm**2
+        for layer, square in squares.items():
+            layers.setdefault(layer, []).append(square**0.5)
+    norms_LN = np.asarray(list(layers.values()), np.float64)
+    below = norms_LN[norms_LN > 0]
+    field = axes[-1].pcolormesh(
+        steps,
+        np.arange(len(layers)),
+        np.log10(np.maximum(norms_LN, below.min() if below.size else 1.0)),
+        cmap="viridis",
+    )
+    axes[-1].set_yticks(range(len(layers)), list(layers), fontsize="small")
+    axes[-1].set_xlabel("optimizer step")
+    axes[-1].set_title("Gradient norm of each layer", fontsize="medium")
+    figure.colorbar(field, ax=axes[-1], label="log10 of the norm")
     return figure
 
 

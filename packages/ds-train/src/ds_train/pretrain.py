@@ -173,6 +173,8 @@ def _plots(model: CausalLM, tokenizer: Tokenizer, out: Path, text: str) -> list[
     if names:
         figures["expert_load.png"] = plots.plot_expert_load(rows, names)
         figures["routing.png"] = plots.plot_routing(model, tokenizer, text, names)
+    if len(looks := read_metrics(out / "stability.jsonl")) > 1:
+        figures["stability.png"] = plots.plot_stability(looks)
     for name, figure in figures.items():
         figure.savefig(folder / name, dpi=120)
     return [folder / name for name in figures]

@@ -38,7 +38,7 @@ def check_layout(files: TensorFiles, config: ModelConfig) -> None:
     ]
     if misshapen:
         raise CheckpointError(f"tensor of the wrong shape: {_few(misshapen)}")
-    if missing := [name for name in needed if name not in files.file_of]:
+    if missing := [name for name in needed if name not in files]:
         raise CheckpointError(f"tensor missing from the checkpoint: {_few(missing)}")
     if unused := [name for name in files.names if not _expected(name, known, files)]:
         raise CheckpointError(f"tensor that config.json gives no place to: {_few(unused)}")

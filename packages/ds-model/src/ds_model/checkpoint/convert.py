@@ -4,20 +4,26 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, cast, get_args
 from zipfile import BadZipFile
 
 import keras
+import numpy as np
 
 from ds_model.checkpoint import atomic
 from ds_model.checkpoint.checking import check_layout, present_depth
-from ds_model.checkpoint.fp8 import SCALES, is_quantized, quantization_config, quantize
+from ds_model.checkpoint.fp8 import SCALES, Fp8Matrix, is_quantized, quantize
+from ds_model.checkpoint.fp8 import quantization_config as fp8_config
 from ds_model.checkpoint.journal import Journal, Progress
+from ds_model.checkpoint.packed import PACKED, PARTS, SCALE, PackedMatrix, pack
+from ds_model.checkpoint.packed import quantization_config as packed_config
 from ds_model.checkpoint.reader import INDEX, TensorFiles, check_directory, read_json
 from ds_model.checkpoint.saving import KEPT_FLOAT32, DTypeName, save, stored_dtype
+from ds_model.checkpoint.small import forms_by_name
+from ds_model.checkpoint.transforms import Matrix, blocks
 from ds_model.checkpoint.writer import MAX_SHARD_BYTES, TensorWriter
 from ds_model.config import ModelConfig
 from ds_model.errors import CheckpointError
@@ -25,6 +31,12 @@ from ds_model.errors import CheckpointError
 if TYPE_CHECKING:
     from ds_model.causal_lm import CausalLM
 
+SmallName = Literal["fp8", "int8", "int8_channel", "int4"]
+Heard = Callable[[str, float], None]
+"""Told the name of a matrix, and the error of its small form as a share of it."""
+
+_SMALL = get_args(SmallName)
+_HEAD_COPY = ".shared_head.head.weight"
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "LICENSE*")
 _EXPERT = re.compile(r"\.mlp\.experts\.(\d+)\.")
 
@@ -71,10 +83,11 @@ class ExpertSlice(NamedTuple):
 def to_hf(
     source: Path,
     target: Path,
-    dtype: DTypeName | Literal["fp8"] | None = None,
+    dtype: DTypeName | SmallName | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress = lambda done, total: None,  # noqa: ARG005 - named for the reader
     experts: ExpertSlice | None = None,
+    heard: Heard | None = None,
 ) -> None:
     """Write a released directory from another one, or from a `.keras` file.
 
@@ -86,41 +99,48 @@ def to_hf(
         source: the directory or the `.keras` file.
         target: must not exist, or be an empty directory.
         dtype: of the tensors; `None` keeps them. The router's bias is kept in any case. "fp8" is
-            the released form: linear maps in E4M3 with a scale a block, all else bfloat16.
+            the released form: linear maps in E4M3 with a scale a block, all else bfloat16. "int8",
+            "int8_channel" and "int4" are those of `quantize_weights`, as `compressed-tensors`
+            stores them, all else bfloat16.
         max_shard_bytes: above it, shards with an index.
         progress: told the tensors done and the tensors in all.
         experts: write these routed experts alone, and everything else, for one rank.
+        heard: told of each matrix that is made small: the norm of what rounding changes over the
+            matrix's own. Those that an earlier, stopped conversion wrote are not told again.
 
     Raises:
         CheckpointError: the source is not a whole checkpoint; the target exists; no room; a value
-            does not fit float16; experts that can't be shared out.
+            does not fit float16; experts that can't be shared out; a matrix that can't be made
+            small, with a width that 32 does not divide or a number that is not finite.
         ConfigError: the source's `config.json` is wrong.
     """
     with _staged(target) as stage:
         if source.is_file():
-            if dtype == "fp8" or experts:
-                what = "fp8 is" if dtype == "fp8" else "slices are"
+            if dtype in _SMALL or experts:
+                what = f"{dtype} is" if dtype in _SMALL else "slices are"
                 raise CheckpointError(f"{source} is a .keras file; {what} made of a directory")
-            save(_load_keras(source), stage, dtype, max_shard_bytes)
+            save(_load_keras(source), stage, cast("DTypeName | None", dtype), max_shard_bytes)
             progress(1, 1)
             return
         config = ModelConfig.from_pretrained(check_directory(source))
         stage.mkdir(exist_ok=True)
         with TensorFiles(source) as files:
             depth = present_depth(files, config)
-            check_layout(files, config.replace(num_nextn_predict_layers=depth))
-            taken = _taken(files, dtype)
+            config = config.replace(num_nextn_predict_layers=depth)
+            check_layout(files, config)
+            split = _split(files, config, dtype)
+            taken = _taken(files, dtype, split)
             if experts:
                 taken = [name for name in taken if experts.has(name, config)]
             origin = {"source": _fingerprint(source), "dtype": dtype, "experts": experts}
             journal = Journal(stage, origin | {"max_shard_bytes": max_shard_bytes})
             done = sum(shard.tensor_bytes for shard in journal.shards)
             _check_room(_bytes_needed(files, taken, dtype) - done, stage)
-            total = sum(2 if _split(name, dtype) else 1 for name in taken)
+            total = sum(len(_parts_of(name, split)) for name in taken)
             with TensorWriter(
                 stage, max_shard_bytes, lambda done: progress(done, total), journal
             ) as writer:
-                _copy_tensors(files, taken, writer, dtype)
+                _copy_tensors(files, taken, writer, dtype, split, heard)
                 writer.finish()
         _copy_companions(source, stage)
         values = _config_of(read_json(source / "config.json"), dtype)
@@ -129,30 +149,79 @@ def to_hf(
         atomic.write(stage / "config.json", (json.dumps(values, indent=2) + "\n").encode())
 
 
-def _taken(files: TensorFiles, dtype: str | None) -> list[str]:
-    """The tensors that are gone through; scales go with their weights where those change."""
-    return files.stored_names if dtype is None else files.names
+def _split(files: TensorFiles, config: ModelConfig, dtype: str | None) -> dict[str, str]:
+    """The tensors that are made small, with the mode of each."""
+    if dtype == "fp8":
+        return {name: dtype for name in files.names if is_quantized(name)}
+    return forms_by_name(config, dtype) if dtype in _SMALL and dtype else {}
 
 
-def _split(name: str, dtype: str | None) -> bool:
-    """Whether a tensor becomes two, values and scales."""
-    return dtype == "fp8" and is_quantized(name)
+def _taken(files: TensorFiles, dtype: str | None, split: dict[str, str]) -> list[str]:
+    """The tensors that are gone through; parts go with their whole where that changes."""
+    if dtype is None:
+        return files.stored_names
+    # A copy of the head in bfloat16 would be larger than the head, and unequal to it.
+    dropped = _HEAD_COPY if "lm_head.weight" in split else None
+    return [name for name in files.names if dropped is None or not name.endswith(dropped)]
 
 
-def _copy_tensors(files: TensorFiles, taken: list[str], writer: TensorWriter, dtype: Any) -> None:
-    other: DTypeName | None = "bfloat16" if dtype == "fp8" else dtype
+def _parts_of(name: str, split: dict[str, str]) -> list[str]:
+    """The names that a tensor is written under."""
+    mode = split.get(name)
+    if mode is None:
+        return [name]
+    return [name, name + SCALES] if mode == "fp8" else [name + part for part in PARTS]
+
+
+def _copy_tensors(
+    files: TensorFiles,
+    taken: list[str],
+    writer: TensorWriter,
+    dtype: DTypeName | SmallName | None,
+    split: dict[str, str],
+    heard: Heard | None,
+) -> None:
+    other = cast("DTypeName", "bfloat16" if dtype in _SMALL else dtype)
     for name in taken:
-        if writer.has(name) and (not _split(name, dtype) or writer.has(name + SCALES)):
+        if all(writer.has(part) for part in _parts_of(name, split)):
             continue
         if dtype is None:
             writer.add(name, files.stored(name))
-        elif _split(name, dtype):
-            values, scales = quantize(files.read(name))
-            for part, array in ((name, values), (name + SCALES, scales)):
+        elif name in split:
+            for part, array in _made_small(name, files.read(name), split[name], heard).items():
                 if not writer.has(part):
                     writer.add(part, array)
         else:
             writer.add(name, files.read(name), stored_dtype(name, other))
+
+
+def _made_small(name: str, matrix: Matrix, mode: str, heard: Heard | None) -> dict[str, Any]:
+    """The tensors that a matrix is stored in, by name."""
+    small: Matrix
+    if mode == "fp8":
+        values, scales = quantize(matrix)
+        parts, small = {name: values, name + SCALES: scales}, Fp8Matrix(values, scales)
+    else:
+        try:
+            found = pack(matrix, mode)
+        except ValueError as error:
+            raise CheckpointError(f"tensor {name}: {error}") from error
+        parts = {name + part: array for part, array in found.items()}
+        small = PackedMatrix(found[PACKED], found[SCALE], matrix.shape[1])
+    if heard:
+        heard(name, relative_error(matrix, small))
+    return parts
+
+
+def relative_error(matrix: Matrix, small: Matrix) -> float:
+    """The norm of the difference over the matrix's own; 0 for zeros."""
+    wrong = size = 0.0
+    for rows in blocks(matrix):
+        exact = np.asarray(matrix[rows], np.float32)
+        apart = np.asarray(small[rows], np.float32) - exact
+        wrong += float(np.square(apart).sum(dtype=np.float64))
+        size += float(np.square(exact).sum(dtype=np.float64))
+    return math.sqrt(wrong / size) if size else 0.0
 
 
 def _bytes_needed(files: TensorFiles, taken: list[str], dtype: str | None) -> int:
@@ -177,9 +246,11 @@ def _config_of(values: dict[str, Any], dtype: str | None) -> dict[str, Any]:
     if dtype is None:
         return values
     written = [field for field in ("dtype", "torch_dtype") if field in values] or ["torch_dtype"]
-    values |= dict.fromkeys(written, "bfloat16" if dtype == "fp8" else dtype)
+    values |= dict.fromkeys(written, "bfloat16" if dtype in _SMALL else dtype)
     values.pop("quantization_config", None)
-    return values | ({"quantization_config": quantization_config()} if dtype == "fp8" else {})
+    if dtype in _SMALL:
+        values["quantization_config"] = fp8_config() if dtype == "fp8" else packed_config(dtype)
+    return values
 
 
 def to_keras(source: Path, target: Path, dtype: DTypeName | None = None) -> None:

@@ -45,11 +45,13 @@ class Fp8Matrix:
         block: tuple[int, int] = BLOCK,
     ) -> None:
         self._values = values
-        self._scales = scales.astype(np.float32)
-        self._block = block
+        self.scales = scales.astype(np.float32)
+        self.block = block
         self.shape = values.shape
         self.size = values.size
         self.nbytes = values.size * self.dtype.itemsize  # of the numbers
+        self.small_dtype = values.dtype
+        self.small_columns = values.shape[1]
 
     def __len__(self) -> int:
         """Return R."""
@@ -57,7 +59,7 @@ class Fp8Matrix:
 
     def __getitem__(self, rows: slice) -> NDArray[np.float32]:
         """Return some rows `[r, C]` float32, the products of DeepSeek's `weight_dequant`."""
-        high, wide = self._block
+        high, wide = self.block
         first, last, _ = rows.indices(len(self))
         if first >= last:
             return np.zeros((0, self.shape[1]), np.float32)
@@ -67,10 +69,14 @@ class Fp8Matrix:
         with tf.device("CPU"):
             scaled = BlockScaled(
                 tf.constant(self._values[start:last]),
-                tf.constant(self._scales[top : bottom + 1]),
+                tf.constant(self.scales[top : bottom + 1]),
                 (block, wide),
             )
             return dequantize_blocks(scaled).numpy()[first - start :]
+
+    def small(self, rows: slice) -> NDArray[np.generic]:
+        """Return some rows `[r, C]` as they are stored."""
+        return self._values[rows]
 
 
 def block_of(config: Mapping[str, Any]) -> tuple[int, int]:
@@ -104,7 +110,7 @@ def is_quantized(name: str) -> bool:
 
 
 def quantize(
-    matrix: NDArray[np.generic] | Fp8Matrix,
+    matrix: Any,
 ) -> tuple[NDArray[np.generic], NDArray[np.float32]]:
     """Return values `[R, C]` in E4M3 and scales `[P, Q]` float32; see `quantize_blocks`.
 

@@ -14,8 +14,10 @@ from ds_model.checkpoint.checking import check_layout
 from ds_model.checkpoint.layout import Entry, layout
 from ds_model.checkpoint.memory import aligned, as_tensor
 from ds_model.checkpoint.reader import TensorFiles
+from ds_model.checkpoint.small import STORED, read_small, small_form, stored_small
 from ds_model.checkpoint.transforms import Array, blocks, places
 from ds_model.errors import CheckpointError
+from ds_precision import QuantizedWeights, quantize_weights
 
 if TYPE_CHECKING:
     from ds_model.causal_lm import CausalLM
@@ -30,7 +32,9 @@ NUMPY_DTYPES: dict[str, np.dtype[np.generic]] = {
 _MOST_THREADS = 8  # more than memory can feed
 
 
-def load_into(model: "CausalLM", directory: Path | str) -> list[keras.Variable]:
+def load_into(
+    model: "CausalLM", directory: Path | str, quantize: str | None = None
+) -> list[keras.Variable]:
     """Give every variable of `model` its value from the files, each byte read once, file by file.
 
     Values are rounded to the variable's dtype. All names, shapes and dtypes are checked before
@@ -40,9 +44,11 @@ def load_into(model: "CausalLM", directory: Path | str) -> list[keras.Variable]:
     Args:
         model: built as its `config` says, MTP depth included (see `mtp_depth_present`).
         directory: holds `model.safetensors`, or shards and their index.
+        quantize: a mode of `quantize_weights`: weights are made small as they are read, or taken as
+            they are where the files hold that mode; "stored" is whatever the files hold.
 
     Returns:
-        The variables that were written.
+        The variables that were written, or that small ones replace.
 
     Raises:
         CheckpointError: a broken file; a missing, unused or misshapen tensor; a dtype that can't
@@ -55,19 +61,33 @@ def load_into(model: "CausalLM", directory: Path | str) -> list[keras.Variable]:
     ):
         check_layout(files, model.config)
         entries = sorted(layout(model.config), key=lambda entry: files.place(entry.sources[0].name))
+        taken = stored_small(files, entries, quantize) if quantize else set()
         for entry in entries:
             variable = variable_at(model, entry)
-            value = _read(files, entry, NUMPY_DTYPES[variable.dtype], threads)
-            variable.assign(as_tensor(value))
             written.append(variable)
+            form = small_form(entry, quantize) if quantize not in (None, STORED) else None
+            if entry.path in taken:
+                put_small(model, entry, read_small(files, entry))
+            elif form:
+                value = _read(files, entry, NUMPY_DTYPES["float32"], threads)
+                put_small(model, entry, quantize_weights(as_tensor(value), form))
+            else:
+                value = _read(files, entry, NUMPY_DTYPES[variable.dtype], threads)
+                variable.assign(as_tensor(value))
     return written
+
+
+def put_small(model: "CausalLM", entry: Entry, weights: QuantizedWeights) -> None:
+    """Put small weights in a variable's place."""
+    above, _, name = entry.path.rpartition(".")
+    value_at(model, above).put_quantized(name, weights)
 
 
 def _read(
     files: TensorFiles, entry: Entry, dtype: np.dtype[np.generic], threads: Executor
 ) -> Array:
     """The variable's value, straight from the mapped files to where it will stay."""
-    copies = [copy.name for copy in entry.copies if copy.name in files.file_of]
+    copies = [copy.name for copy in entry.copies if copy.name in files]
 
     def copy(pair: tuple[str, Array]) -> None:
         name, place = pair
@@ -94,14 +114,20 @@ def variable_at(model: "CausalLM", entry: Entry) -> keras.Variable:
     Raises:
         CheckpointError: the model was not built as its config says.
     """
-    place: Any = model
-    for step in entry.path.split("."):
-        if step.isdigit():
-            place = place[int(step)] if int(step) < len(place) else None
-        else:
-            place = getattr(place, step, None)
+    place = value_at(model, entry.path)
     if place is None or tuple(place.shape) != entry.shape:
         shape = "missing" if place is None else list(place.shape)
         message = f"variable {entry.path} is {shape}, and the layout has {list(entry.shape)}"
         raise CheckpointError(message)
+    return place
+
+
+def value_at(model: "CausalLM", path: str) -> Any:
+    """What a path of attributes and places in lists leads to; `None` if nowhere."""
+    place: Any = model
+    for step in path.split("."):
+        if step.isdigit():
+            place = place[int(step)] if int(step) < len(place) else None
+        else:
+            place = getattr(place, step, None)
     return place

@@ -24,8 +24,10 @@ READABLE: dict[str, np.dtype[np.generic]] = {
     "F16": np.dtype(np.float16),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
 }
-"""What is read, by the name that safetensors gives it; the last two make FP8 weights."""
+"""What is read, by the name that safetensors gives it; all after the third make small weights."""
 
 
 class Stored(NamedTuple):

@@ -6,7 +6,9 @@ instructions.
 """
 
 from math import prod
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
@@ -28,10 +30,12 @@ def as_tensor(array: NDArray[np.generic]) -> tf.Tensor:
     """The array as a tensor on the same memory: write no more to the array afterwards.
 
     Args:
-        array: contiguous, of a float type of 2 or 4 bytes; copied if not from `aligned`.
+        array: contiguous, of a type of 1, 2 or 4 bytes; copied if not from `aligned`, or E4M3.
     """
-    if array.ctypes.data % _ALIGNMENT:  # the import does not look, and operations abort
+    # The import does not look at the address, and operations abort; floats of 8 bits can't be cast.
+    if array.ctypes.data % _ALIGNMENT or array.dtype == ml_dtypes.float8_e4m3fn:
         return tf.constant(array)
     # As bits: DLPack has bfloat16, and numpy's part of it has not.
-    bits: NDArray[np.integer] = array.view(np.uint16 if array.itemsize == 2 else np.uint32)
+    same_size: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+    bits: NDArray[np.integer] = array.view(same_size[array.itemsize])
     return tf.bitcast(tf.experimental.dlpack.from_dlpack(bits.__dlpack__()), array.dtype)

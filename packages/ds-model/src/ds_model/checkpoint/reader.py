@@ -10,17 +10,25 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ds_model.checkpoint.fp8 import SCALES, Fp8Matrix, block_of
+from ds_model.checkpoint.fp8 import BLOCK, SCALES, Fp8Matrix, block_of
 from ds_model.checkpoint.layout import Shape
 from ds_model.checkpoint.mapped_file import MappedFile
+from ds_model.checkpoint.packed import (
+    PACKED,
+    PARTS,
+    SCALE,
+    SHAPE,
+    PackedMatrix,
+    check_parts,
+    check_shape,
+    is_packed,
+    names_of,
+)
+from ds_model.checkpoint.transforms import Array, Matrix
 from ds_model.errors import CheckpointError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-Array = NDArray[np.generic]
 PLAIN = ("F32", "BF16", "F16")
 _MAX_INDEX_BYTES = 64 * 2**20  # V3's own index is 9 MB; a lying one must not fill memory
 
@@ -28,7 +36,8 @@ _MAX_INDEX_BYTES = 64 * 2**20  # V3's own index is 9 MB; a lying one must not fi
 class TensorFiles:
     """The tensors of one directory, by name; a context manager that holds the files mapped.
 
-    An FP8 weight and its scales are one tensor here, whose numbers are their products.
+    An FP8 weight and its scales are one tensor here, whose numbers are their products; so are the
+    parts of a matrix of whole numbers, see `packed`.
 
     Args:
         directory: holds `model.safetensors`, or an index and its shards.
@@ -44,8 +53,11 @@ class TensorFiles:
         self._files: dict[str, MappedFile] = {}
         self.file_of: dict[str, str] = {}
         self._open_all()
-        config = self._directory / "config.json"
-        self._block = block_of(read_json(config) if config.is_file() else {})
+        path = self._directory / "config.json"
+        config = read_json(path) if path.is_file() else {}
+        packed = names_of(self.file_of) if is_packed(config) else []
+        self._packed: dict[str, Shape | None] = dict.fromkeys(packed)
+        self._block = BLOCK if self._packed else block_of(config)
         self._scales_of = {
             name: name + SCALES
             for name in self.file_of
@@ -65,15 +77,21 @@ class TensorFiles:
         """Let go of the files; arrays that were read stay valid, and keep theirs mapped."""
         self._files.clear()
 
+    def __contains__(self, name: str) -> bool:
+        """Say whether there is a tensor of that name, be it in parts."""
+        return name in self.file_of or name in self._packed
+
     @property
     def names(self) -> list[str]:
-        """Names of all tensors, in the order of the files; scales belong to their weights."""
-        scales = set(self._scales_of.values())
-        return [name for name in self.file_of if name not in scales]
+        """Names of all tensors, in the order of the files; those in parts by their whole's name."""
+        whole = dict.fromkeys(self._scales_of.values(), "")
+        for name in self._packed:
+            whole |= {name + PACKED: name, name + SCALE: "", name + SHAPE: ""}
+        return [found for name in self.file_of if (found := whole.get(name, name))]
 
     @property
     def stored_names(self) -> list[str]:
-        """The same with the scales, for those who want bytes as they are."""
+        """The same part by part, for those who want bytes as they are."""
         return list(self.file_of)
 
     @property
@@ -82,27 +100,40 @@ class TensorFiles:
         return sum((self._directory / file).stat().st_size for file in self._files)
 
     def shape(self, name: str) -> Shape:
-        """Shape of a tensor, from the header."""
+        """Shape of a tensor, from the header; of whole numbers, from where it is noted."""
+        if name in self._packed:
+            return self._shape_of_parts(name)
         return self._file(name).tensors[name].shape
 
     def dtype(self, name: str) -> str:
-        """Dtype of a tensor as safetensors names it, such as `BF16`, from the header."""
+        """Dtype of a tensor as safetensors names it, such as `BF16`, from the header; or INT4."""
+        if name in self._packed:
+            words = self._file(name + PACKED).tensors[name + PACKED].shape[-1]
+            return f"INT{words * 32 // max(1, self.shape(name)[-1])}"
         return self._file(name).tensors[name].dtype
+
+    def is_small(self, name: str) -> bool:
+        """Say whether a tensor is stored as small numbers and scales."""
+        return name in self._packed or name in self._scales_of
 
     def place(self, name: str) -> tuple[int, int]:
         """Where a tensor lies: the number of its file, and the first byte in it."""
-        return list(self._files).index(self.file_of[name]), self._file(name).tensors[name].start
+        part = name + PACKED if name in self._packed else name
+        return list(self._files).index(self.file_of[part]), self._file(part).tensors[part].start
 
-    def read(self, name: str) -> Array | Fp8Matrix:
+    def read(self, name: str) -> Matrix:
         """The tensor as a read-only array in the mapped file (BF16 as `ml_dtypes.bfloat16`).
 
         Raises:
-            CheckpointError: a dtype other than F32, BF16, F16, and F8_E4M3 with scales.
+            CheckpointError: as for `check_dtype`.
         """
         self.check_dtype(name)
+        if name in self._packed:
+            packed, scales = self.stored(name + PACKED), self.stored(name + SCALE)
+            return PackedMatrix(packed, scales, self.shape(name)[1])
         values = self.stored(name)
-        if scales := self._scales_of.get(name):
-            return Fp8Matrix(values, self.stored(scales), self._block)
+        if (scale := self._scales_of.get(name)) is not None:
+            return Fp8Matrix(values, self.stored(scale), self._block)
         return values
 
     def stored(self, name: str) -> Array:
@@ -110,22 +141,28 @@ class TensorFiles:
         return self._file(name).read(name)
 
     @contextmanager
-    def borrow(self, name: str) -> Iterator[Array | Fp8Matrix]:
+    def borrow(self, name: str) -> Iterator[Matrix]:
         """What `read` gives, for one pass over it: its pages are given back afterwards.
 
         Raises:
             CheckpointError: as for `read`.
         """
         yield self.read(name)
-        self._file(name).release(name)
+        part = name + PACKED if name in self._packed else name
+        self._file(part).release(part)
 
     def check_dtype(self, name: str) -> None:
         """Refuse a tensor that can't be read.
 
         Raises:
-            CheckpointError: a dtype other than F32, BF16, F16, and F8_E4M3 with scales of their
-                shape.
+            CheckpointError: a dtype other than F32, BF16, F16, F8_E4M3 with scales of their shape,
+                and whole numbers of 4 or 8 bits with all their parts.
         """
+        if name in self._packed:
+            shape = self.shape(name)  # which looks at the parts first
+            parts = [self._file(name + part).tensors[name + part] for part in (PACKED, SCALE)]
+            check_shape(name, shape, *(part.shape for part in parts))
+            return
         dtype = self.dtype(name)
         if dtype == "F8_E4M3":
             self._check_scales(name)
@@ -134,6 +171,20 @@ class TensorFiles:
                 f"tensor {name} has dtype {dtype}, and {', '.join(PLAIN)} and F8_E4M3 are read"
             )
             raise CheckpointError(message)
+
+    def _shape_of_parts(self, name: str) -> Shape:
+        known = self._packed[name]
+        if known is not None:
+            return known
+        found = {}
+        for suffix in PARTS:
+            if (part := name + suffix) in self.file_of:
+                stored = self._file(part).tensors[part]
+                found[suffix] = (stored.dtype, stored.shape)
+        check_parts(name, found)
+        shape: Shape = tuple(self.stored(name + SHAPE).tolist())
+        self._packed[name] = shape
+        return shape
 
     def _check_scales(self, name: str) -> None:
         scales = name + SCALES

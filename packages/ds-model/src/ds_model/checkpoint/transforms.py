@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 
 from ds_model.checkpoint.fp8 import Fp8Matrix
 from ds_model.checkpoint.layout import Entry, Transform
+from ds_model.checkpoint.packed import PackedMatrix
 
 Array = NDArray[np.generic]
+Matrix = Array | Fp8Matrix | PackedMatrix
 
 _BLOCK_BYTES = 2**18  # stays in a core's cache between reading it and writing it transposed
 _BLOCK_ROWS = 64  # 64 rows of a tensor fill whole cache lines of its transpose
@@ -42,7 +44,7 @@ def places(entry: Entry, value: Array) -> Iterator[tuple[str, Array]]:
     yield from zip(names, views, strict=True)
 
 
-def blocks(tensor: Array | Fp8Matrix) -> Iterator[slice]:
+def blocks(tensor: Matrix) -> Iterator[slice]:
     """The rows of a tensor in pieces, for one pass over it.
 
     Each fits a core's cache: a transposed copy of the whole jumps through all of memory for each

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from ds_model.checkpoint import atomic
-from ds_model.checkpoint.fp8 import Fp8Matrix
 from ds_model.checkpoint.journal import SUMS, Journal, Shard
 from ds_model.checkpoint.mapped_file import READABLE
 from ds_model.checkpoint.reader import INDEX, SINGLE
-from ds_model.checkpoint.transforms import Array, blocks
+from ds_model.checkpoint.transforms import Array, Matrix, blocks
 from ds_model.errors import CheckpointError
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -23,7 +22,7 @@ _NAME_OF = {dtype: name for name, dtype in READABLE.items()}
 
 
 class _Pending(NamedTuple):
-    array: Array | Fp8Matrix
+    array: Matrix
     dtype: np.dtype[np.generic]  # to be stored, not the array's
 
     @property
@@ -101,9 +100,7 @@ class TensorWriter:
         """Say whether an earlier writer has written this tensor: it needs no `add`."""
         return name in self._done
 
-    def add(
-        self, name: str, array: Array | Fp8Matrix, dtype: np.dtype[np.generic] | None = None
-    ) -> None:
+    def add(self, name: str, array: Matrix, dtype: np.dtype[np.generic] | None = None) -> None:
         """Take one tensor; writes a shard when this one does not fit into it any more.
 
         Args:

@@ -93,8 +93,10 @@ void multiply_tiles(const uint16_t*, int64_t, const uint16_t*, int64_t, float*) 
 bool narrow(Type type) { return type == Type::kBfloat16 || type == Type::kRounded; }
 
 // Whether such a product is one for the matrix unit. Few rows are bound by reading the weights.
+// Small weights are rounded to bfloat16 on their way, as a cast of them would.
 bool for_matrix_unit(const View& a, const View& b, int64_t rows) {
-  return rows > kThinRows && narrow(a.type) && narrow(b.type) && has_matrix_unit();
+  return rows > kThinRows && narrow(a.type) && (narrow(b.type) || is_small(b.type)) &&
+         has_matrix_unit();
 }
 
 typedef uint16_t Halves __attribute__((vector_size(64), may_alias));  // 32 of bfloat16
@@ -148,6 +150,8 @@ template <Type type>
 inline void pair_rows(const View& from, int64_t row, int64_t rows, int64_t column, int64_t count,
                       Vec (&pairs)[kLanes]) {
   if (rows >= kTileInner && count >= kLanes) {
+    Vec scale{};  // of all 32 rows
+    if constexpr (is_small(type)) scale = scales<type>(from, row, column);
     for (int i = 0; i < kLanes; i++) {
       const char *even = from.at(row + 2 * i, column), *odd = from.at(row + 2 * i + 1, column);
       if (!from.index) {  // what is wanted after these rows
@@ -155,7 +159,9 @@ inline void pair_rows(const View& from, int64_t row, int64_t rows, int64_t colum
         __builtin_prefetch(odd + kTileInner * from.stride * size_of(type), 0, 2);
       }
       Halves both;
-      if constexpr (type == Type::kBfloat16) {
+      if constexpr (is_small(type)) {
+        both = rounded(unscaled<type>(even, 0) * scale, unscaled<type>(odd, 1) * scale);
+      } else if constexpr (type == Type::kBfloat16) {
         std::memcpy(&both, even, 32);
         std::memcpy(reinterpret_cast<char*>(&both) + 32, odd, 32);
       } else {
@@ -169,7 +175,7 @@ inline void pair_rows(const View& from, int64_t row, int64_t rows, int64_t colum
     Vec two[2] = {};
     for (int n = 0; n < 2; n++) {
       if (2 * i + n >= rows || count <= 0) continue;
-      two[n] = load(type, from.at(row + 2 * i + n, column), std::min<int64_t>(count, kLanes));
+      two[n] = numbers(from, row + 2 * i + n, column, std::min<int64_t>(count, kLanes));
     }
     pairs[i] = paired(rounded(two[0], two[1]));
   }
@@ -184,11 +190,11 @@ void pack_right(const View& b, const Shape& s, int64_t k, int64_t column, int64_
     const int64_t first = column + half * s.gap();
     const int64_t count = s.pair || half == 0 ? left : left - kLanes;
     Vec tile[kLanes];
-    if (b.transposed) {
+    if (!b.transposed) {
+      pair_rows<type>(b, k * kTileInner, s.inner - k * kTileInner, first, count, tile);
+    } else if constexpr (!is_small(type)) {
       load_pairs<type>(b, first, count, k * kTileInner, s.inner - k * kTileInner, tile);
       transpose(tile);
-    } else {
-      pair_rows<type>(b, k * kTileInner, s.inner - k * kTileInner, first, count, tile);
     }
     store_tile(tile, to + half * kTile);
   }
@@ -201,8 +207,7 @@ void pack_right(const View& b, const Shape& s, int64_t column, int64_t end, uint
   for (int64_t k = 0; k < blocks; k++) {
     uint16_t* at = to + 2 * k * kTile;
     for (int64_t c = column; c < end; c += s.width(), at += 2 * blocks * kTile) {
-      if (b.type == Type::kBfloat16) pack_right<Type::kBfloat16>(b, s, k, c, end - c, at);
-      else pack_right<Type::kRounded>(b, s, k, c, end - c, at);
+      with(b.type, [&](auto type) { pack_right<type.value>(b, s, k, c, end - c, at); });
     }
   }
 }

@@ -15,12 +15,10 @@ struct Experts {
   int64_t count, hidden, inner;
 
   Groups through_up(const View& x, const int32_t* offsets) const {
-    return {x, up, hidden, inner, inner, count, offsets, hidden * 2 * inner,
-            hidden / kScaleRows * 2 * inner};
+    return {x, up, hidden, inner, inner, count, offsets};
   }
   Groups through_down(const View& x, const int32_t* offsets) const {
-    return {x, down, inner, hidden, 0, count, offsets, inner * hidden,
-            inner / kScaleRows * hidden};
+    return {x, down, inner, hidden, 0, count, offsets};
   }
 };
 

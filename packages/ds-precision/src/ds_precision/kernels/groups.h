@@ -15,15 +15,6 @@ struct Groups {
   int64_t inner, columns, pair;  // see `Shape`
   int64_t count;                 // of groups
   const int32_t* offsets;        // [count + 1]
-  int64_t matrix;                // elements from one matrix of `b` to the next
-  int64_t matrix_scales = 0;     // and of its scales
-
-  View group(int64_t e) const {
-    View found = b;
-    found.data += e * matrix * size_of(b.type);
-    if (found.scales) found.scales += e * matrix_scales;
-    return found;
-  }
 };
 
 // Splits `rows` evenly into blocks of at most `kRowBlock`, whole tiles each.
@@ -65,8 +56,8 @@ void grouped(const Groups& g, const Put& put) {
     const Shape s{t.rows, g.inner, g.pair, t.row};
     // What this thread will most likely do after this.
     const int64_t later = std::min<int64_t>(tasks.size() - 1, i + Threads::shared().count());
-    const View next = g.group(tasks[later].group);
-    product(g.a, t.row, g.group(t.group), s, t.column, std::min(g.columns, t.column + share), put,
+    const View next = g.b.of_stack(tasks[later].group);
+    product(g.a, t.row, g.b.of_stack(t.group), s, t.column, std::min(g.columns, t.column + share), put,
             &next);
   });
 }
@@ -82,8 +73,8 @@ void grouped_in_order(const Groups& g, const Put& put) {
       const int64_t block = block_of(g.offsets[e + 1] - g.offsets[e]);
       for (int64_t row = g.offsets[e]; row < g.offsets[e + 1]; row += block) {
         const int64_t rows = std::min<int64_t>(block, g.offsets[e + 1] - row);
-        const View next = g.group(std::min(e + 1, g.count - 1));
-        product(g.a, row, g.group(e), Shape{rows, g.inner, g.pair, row}, i * share,
+        const View next = g.b.of_stack(std::min(e + 1, g.count - 1));
+        product(g.a, row, g.b.of_stack(e), Shape{rows, g.inner, g.pair, row}, i * share,
                 std::min(g.columns, (i + 1) * share), put, &next);
       }
     }

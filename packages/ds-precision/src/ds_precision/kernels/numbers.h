@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #ifdef __AVX512BW__
 #include <immintrin.h>
@@ -31,14 +32,21 @@ constexpr int64_t kPanels = 8;       // most panels packed together
 constexpr int64_t kPacked = 192 * 1024;  // and most numbers in them, to stay in the cache
 constexpr int kThinRows = 8;        // up to here weights are read where they lie
 constexpr int kRowBlock = 1008;     // most rows that share a packed panel
-constexpr int kScaleRows = 32;      // rows of an 8-bit weight under one scale
+constexpr int kRowsTogether = 32;   // of weights, read where they lie; scales span whole ones
 
-// `kRounded` is float32 in memory and bfloat16 in the product.
-enum class Type { kFloat, kBfloat16, kInt8, kRounded };
+// `kRounded` is float32 in memory and bfloat16 in the product. The three small ones are weights with
+// scales: whole numbers of 8 bits; of 4 bits, two rows in one row of bytes, the even one in the low
+// halves; and E4M3.
+enum class Type { kFloat, kBfloat16, kRounded, kInt8, kInt4, kE4M3 };
 
+constexpr bool is_small(Type type) { return type >= Type::kInt8; }
+
+// Bytes that hold a number, or two of 4 bits.
 constexpr int64_t size_of(Type type) {
-  return type == Type::kBfloat16 ? 2 : type == Type::kInt8 ? 1 : 4;
+  return is_small(type) ? 1 : type == Type::kBfloat16 ? 2 : 4;
 }
+
+constexpr int64_t rows_a_byte(Type type) { return type == Type::kInt4 ? 2 : 1; }
 
 // The bits of the nearest bfloat16, ties to even, in the upper halves; NaN stays NaN.
 inline auto nearest_bfloat16(Vec value) {
@@ -66,6 +74,48 @@ inline Loose16 narrowed(Vec value) {
 }
 #endif
 
+inline Vec spread(float value) { return value - Vec{}; }
+
+// E4M3 2^8 times too small: its bits as float16, whose exponents run further.
+inline Vec eighth_powers(const Loose8& codes) {
+#ifdef __AVX512BW__
+  const __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16((__m128i)codes), 7);
+  return (Vec)_mm512_cvtph_ps(_mm256_and_si256(wide, _mm256_set1_epi16(0xbfff - 0x10000)));
+#else
+  const IntVec wide = widened(codes);
+  const IntVec magnitude = wide & 0x7f;
+  // Made as normal numbers, for threads that take subnormal ones for zeros.
+  const Vec tiny = __builtin_convertvector(magnitude, Vec) * 0x1p-17f;
+  const Vec normal = (Vec)((magnitude << 20) + (112 << 23));
+  const BitVec sign = (BitVec)wide & 0x80000000u;
+  return (Vec)((BitVec)(magnitude < 8 ? tiny : normal) | sign);
+#endif
+}
+constexpr float kEighthPower = 256;
+
+// What the low 4 bits stand for, 8 being zero.
+inline Vec from_four_bits(IntVec codes) {
+  const Vec numbers = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+#ifdef __AVX512F__
+  return (Vec)_mm512_permutexvar_ps((__m512i)codes, (__m512)numbers);  // looks at 4 bits only
+#else
+  return __builtin_shuffle(numbers, codes & 15);
+#endif
+}
+
+// Calls `visit` with a type as a constant.
+template <class Visit>
+inline auto with(Type type, const Visit& visit) {
+  switch (type) {
+    case Type::kFloat: return visit(std::integral_constant<Type, Type::kFloat>{});
+    case Type::kBfloat16: return visit(std::integral_constant<Type, Type::kBfloat16>{});
+    case Type::kRounded: return visit(std::integral_constant<Type, Type::kRounded>{});
+    case Type::kInt8: return visit(std::integral_constant<Type, Type::kInt8>{});
+    case Type::kInt4: return visit(std::integral_constant<Type, Type::kInt4>{});
+    default: return visit(std::integral_constant<Type, Type::kE4M3>{});
+  }
+}
+
 template <Type type>
 inline Vec load(const char* from) {
   if constexpr (type == Type::kFloat) return *reinterpret_cast<const LooseVec*>(from);
@@ -74,9 +124,6 @@ inline Vec load(const char* from) {
   }
   if constexpr (type == Type::kBfloat16) {
     return (Vec)(widened(*reinterpret_cast<const Loose16*>(from)) << 16);
-  }
-  if constexpr (type == Type::kInt8) {
-    return __builtin_convertvector(widened(*reinterpret_cast<const Loose8*>(from)), Vec);
   }
 }
 
@@ -90,8 +137,7 @@ inline Vec load(Type type, const char* from, int count = kLanes) {
   switch (type) {
     case Type::kFloat: return load<Type::kFloat>(from);
     case Type::kBfloat16: return load<Type::kBfloat16>(from);
-    case Type::kRounded: return load<Type::kRounded>(from);
-    default: return load<Type::kInt8>(from);
+    default: return load<Type::kRounded>(from);
   }
 }
 
@@ -105,8 +151,6 @@ inline void store(Type type, char* to, Vec value, int count = kLanes) {
     else std::memcpy(to, &small, count * 2);
   }
 }
-
-inline Vec spread(float value) { return value - Vec{}; }
 
 // e^x to 2 units in the last place; arguments outside float32's range end at its limits.
 inline Vec exponential(Vec x) {

@@ -19,18 +19,18 @@ namespace ds {
 // x [..., K], w [K, N] (or [N, K] to transpose), scales -> y [..., N]
 void matmul_op(Context& c, const Attributes& attributes) {
   TF_Tensor *x = c.input(0), *w = c.input(1), *scales = c.input(2);
-  View right = matrix(w, x, scales);
-  right.transposed = attributes.transpose;
   require(TF_NumDims(w) == 2, "w has rank " + std::to_string(TF_NumDims(w)) + "; it must be 2");
+  View right = weights(w, x, scales);
+  right.transposed = attributes.transpose;
   const int64_t m = rows_of(x), k = last(x);
   const int64_t n = TF_Dim(w, attributes.transpose ? 0 : 1);
-  require(TF_Dim(w, attributes.transpose ? 1 : 0) == k,
+  require((attributes.transpose ? last(w) : rows_of_weights(w)) == k,
           "x has " + std::to_string(k) + " columns, w another number of rows");
-  require(!attributes.transpose || right.type != Type::kInt8, "8-bit weights can't be transposed");
+  require(!attributes.transpose || !is_small(right.type), "small weights can't be transposed");
   const Type type = type_of(TF_TensorType(x));
   char* y = c.output(0, TF_TensorType(x), shape_with_last(x, n));
   const int32_t offsets[] = {0, static_cast<int32_t>(m)};
-  const Groups one{matrix(x), right, k, n, 0, 1, offsets, 0};
+  const Groups one{matrix(x), right, k, n, 0, 1, offsets};
   grouped(one, [&](int64_t row, int64_t column, Vec first, Vec second, int64_t count) {
     each(column, first, second, count, [&](int64_t at, Vec value, int real) {
       store(type, y + (row * n + at) * size_of(type), value, real);
@@ -52,9 +52,9 @@ void outer_op(Context& c, const Attributes&) {
 Experts experts_of(TF_Tensor* x, TF_Tensor* up, TF_Tensor* up_scales, TF_Tensor* down,
                    TF_Tensor* down_scales) {
   require(TF_NumDims(up) == 3 && TF_NumDims(down) == 3, "stacked experts must have rank 3");
-  const Experts found{matrix(up, x, up_scales), matrix(down, x, down_scales), TF_Dim(up, 0),
-                      TF_Dim(up, 1), TF_Dim(up, 2) / 2};
-  require(TF_Dim(down, 0) == found.count && TF_Dim(down, 1) == found.inner &&
+  const Experts found{weights(up, x, up_scales), weights(down, x, down_scales), TF_Dim(up, 0),
+                      rows_of_weights(up), TF_Dim(up, 2) / 2};
+  require(TF_Dim(down, 0) == found.count && rows_of_weights(down) == found.inner &&
               TF_Dim(down, 2) == found.hidden && TF_Dim(up, 2) % 2 == 0,
           "gate_up [E, D, 2I] and down [E, I, D] do not fit together");
   return found;
@@ -334,14 +334,15 @@ void declare(const char* name, const Names& attributes, const Names& inputs,
 }
 
 const char* kType = "T: {float, bfloat16}";
-const char* kWeight = "W: {float, bfloat16, int8}";
+const char* kWeight = "W: type";  // a list of types can't name float8_e4m3fn
+const char* kScale = "S: {float, bfloat16} = DT_FLOAT";
 
 __attribute__((constructor)) void declare_all() {
-  declare<matmul_op>("DsMatmul", {kType, kWeight}, {"x: T", "w: W", "scales: float"}, {"y: T"});
+  declare<matmul_op>("DsMatmul", {kType, kWeight, kScale}, {"x: T", "w: W", "scales: S"}, {"y: T"});
   declare<outer_op>("DsOuter", {kType, "W: {float, bfloat16}"}, {"x: T", "dy: T"}, {"dw: W"});
-  declare<experts_op>("DsExperts", {kType, kWeight},
-                          {"x: T", "indices: int32", "gates: float", "up: W", "up_scales: float",
-                           "down: W", "down_scales: float"},
+  declare<experts_op>("DsExperts", {kType, kWeight, kScale},
+                          {"x: T", "indices: int32", "gates: float", "up: W", "up_scales: S",
+                           "down: W", "down_scales: S"},
                           {"y: T", "kept: T", "order: int32", "offsets: int32"});
   declare<experts_grad_op>("DsExpertsGrad", {kType, "W: {float, bfloat16}"},
                                {"x: T", "gates: float", "up: W", "down: W", "kept: T",
@@ -377,7 +378,7 @@ __attribute__((constructor)) void declare_all() {
                         {"chosen: int", "groups: int", "best_groups: int", "two: bool",
                          "normalize: bool"},
                         {"scores: float", "bias: float"}, {"indices: int32", "gates: float"});
-  const char* eight_bits = "V: type";  // a list of types can't name float8_e4m3fn
+  const char* eight_bits = "V: type";
   declare<quantize_op>("DsQuantize", {kType, eight_bits, "rows: int", "columns: int", "two: bool"},
                        {"x: T"}, {"values: V", "scales: float"});
   declare<dequantize_op>("DsDequantize", {kType, eight_bits, "rows: int", "columns: int"},

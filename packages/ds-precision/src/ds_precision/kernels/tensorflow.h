@@ -23,8 +23,14 @@ void require(bool fine, const std::string& message) {
 }
 
 Type type_of(TF_DataType type) {
-  if (type == TF_BFLOAT16) return Type::kBfloat16;
-  return type == TF_INT8 ? Type::kInt8 : Type::kFloat;
+  switch (type) {
+    case TF_FLOAT: return Type::kFloat;
+    case TF_BFLOAT16: return Type::kBfloat16;
+    case TF_INT8: return Type::kInt8;
+    case TF_UINT8: return Type::kInt4;
+    case TF_FLOAT8_E4M3FN: return Type::kE4M3;
+    default: throw Failure("a product has no such type of numbers");
+  }
 }
 
 class Context {
@@ -127,20 +133,48 @@ std::vector<int64_t> shape_with_last(TF_Tensor* tensor, int64_t size) {
 }
 
 // Weights, whose float32 is rounded where `x` is bfloat16, as a cast of them would.
-View matrix(TF_Tensor* tensor, TF_Tensor* x = nullptr, TF_Tensor* scales = nullptr) {
-  const int rank = TF_NumDims(tensor);
-  require(rank >= 1, "a product's sides must have rank 1 or more");
+View matrix(TF_Tensor* tensor, TF_Tensor* x = nullptr) {
+  require(TF_NumDims(tensor) >= 1, "a product's sides must have rank 1 or more");
   View view{data<char>(tensor), type_of(TF_TensorType(tensor)), last(tensor)};
+  if (TF_NumDims(tensor) > 1) {
+    view.matrix = TF_Dim(tensor, TF_NumDims(tensor) - 2) * last(tensor) * size_of(view.type);
+  }
   const bool wider = x && TF_TensorType(x) == TF_BFLOAT16 && view.type == Type::kFloat;
   if (wider) view.type = Type::kRounded;
-  if (view.type != Type::kInt8) return view;
-  const int64_t rows = rank < 2 ? 1 : TF_Dim(tensor, rank - 2);
-  require(rows % kScaleRows == 0, "8-bit weights have " + std::to_string(rows) +
-                                      " rows; they must be a multiple of 32");
-  require(scales && TF_TensorElementCount(scales) * kScaleRows == TF_TensorElementCount(tensor),
-          "8-bit weights need one scale for 32 rows of each column");
-  view.scales = data<float>(scales);
   return view;
+}
+
+// Weights that may be small, `[..., rows, columns]`, those of 4 bits with half as many rows in
+// memory. Scales are `[..., groups of rows, columns]` bfloat16, or of E4M3 a float32 for each block
+// of 128 by 128.
+View weights(TF_Tensor* tensor, TF_Tensor* x, TF_Tensor* scales) {
+  View view = matrix(tensor, x);
+  if (!is_small(view.type)) return view;
+  const int rank = TF_NumDims(tensor);
+  require(rank >= 2 && TF_NumDims(scales) == rank, "small weights and their scales need one rank");
+  const int64_t rows = TF_Dim(tensor, rank - 2) * rows_a_byte(view.type), columns = last(tensor);
+  const int64_t down = TF_Dim(scales, rank - 2), across = last(scales);
+  const bool blocks = view.type == Type::kE4M3;
+  if (blocks) {
+    const auto parts = [](int64_t size) { return (size + kScaleColumns - 1) / kScaleColumns; };
+    require(TF_TensorType(scales) == TF_FLOAT && down == parts(rows) && across == parts(columns),
+            "E4M3 weights need a float32 scale for each block of 128 by 128");
+    view.scale_rows = kScaleColumns;
+  } else {
+    require(TF_TensorType(scales) == TF_BFLOAT16 && across == columns && down > 0 &&
+                rows % down == 0 && rows / down % kRowsTogether == 0,
+            "whole-number weights need bfloat16 scales for each column, one for a multiple of 32 "
+            "rows");
+    view.scale_rows = rows / down;
+  }
+  view.scales = data<char>(scales);
+  view.scale_stride = across;
+  view.scale_matrix = down * across * (blocks ? 4 : 2);
+  return view;
+}
+
+int64_t rows_of_weights(TF_Tensor* tensor) {
+  return TF_Dim(tensor, TF_NumDims(tensor) - 2) * rows_a_byte(type_of(TF_TensorType(tensor)));
 }
 
 struct Attributes {

@@ -1,4 +1,4 @@
-// Products by tiles, in float32 registers whatever the tensors hold (float32, bfloat16, or 8-bit
+// Products by tiles, in float32 registers whatever the tensors hold (float32, bfloat16, or small
 // weights with scales): a tile of up to 14 rows by 32 columns is accumulated over the whole
 // inner size. Weights are first copied, 32 columns at a time, into a panel that stays in the
 // cache; for a handful of rows that copy would cost more than it saves, and the weights are
@@ -24,21 +24,77 @@ struct View {
   bool transposed = false;
   const int32_t* index = nullptr;
   int32_t share = 1;
-  const float* scales = nullptr;  // [rows / 32, stride], of 8-bit weights
+  int64_t matrix = 0;  // bytes from one matrix of a stack to the next
+  // Of small weights: for every so many rows one bfloat16 a column; of E4M3 a float32 a block.
+  const char* scales = nullptr;
+  int64_t scale_rows = 1, scale_stride = 0, scale_matrix = 0;  // as `stride` and `matrix`
 
   const char* at(int64_t row, int64_t column) const {
-    const int64_t stored = index ? index[row] / share : row;
+    const int64_t stored = (index ? index[row] / share : row) >> (type == Type::kInt4);
     return data + (stored * stride + column) * size_of(type);
+  }
+
+  View of_stack(int64_t e) const {
+    View found = *this;
+    found.data += e * matrix;
+    if (scales) found.scales += e * scale_matrix;
+    return found;
   }
 };
 
+constexpr int64_t kScaleColumns = 128;  // of a block of E4M3
+
+// Sixteen numbers as they are stored, in a row that is even or odd; see `scales`.
+template <Type type>
+inline Vec unscaled(const char* from, int64_t row) {
+  if constexpr (!is_small(type)) {
+    return load<type>(from);
+  } else {
+    const Loose8& codes = *reinterpret_cast<const Loose8*>(from);
+    if constexpr (type == Type::kE4M3) return eighth_powers(codes);
+    if constexpr (type == Type::kInt4) return from_four_bits(widened(codes) >> (row % 2 * 4));
+    if constexpr (type == Type::kInt8) return __builtin_convertvector(widened(codes), Vec);
+  }
+}
+
+// What to multiply them by.
+template <Type type>
+inline Vec scales(const View& from, int64_t row, int64_t column, int count = kLanes) {
+  const int64_t first = row / from.scale_rows * from.scale_stride;
+  if constexpr (type != Type::kE4M3) {
+    return load(Type::kBfloat16, from.scales + (first + column) * 2, count);
+  }
+  const auto* blocks = reinterpret_cast<const float*>(from.scales) + first;
+  const int64_t block = column / kScaleColumns;
+  Vec found = spread(blocks[block] * kEighthPower);
+  for (int i = 0; i < count && (column + count - 1) / kScaleColumns != block; i++) {
+    found[i] = blocks[(column + i) / kScaleColumns] * kEighthPower;
+  }
+  return found;
+}
+
+// Up to sixteen numbers of any view that is not transposed; zeros beyond them.
+inline Vec numbers(const View& from, int64_t row, int64_t column, int count) {
+  if (count <= 0) return Vec{};
+  if (!is_small(from.type)) return load(from.type, from.at(row, column), count);
+  alignas(kLanes) char whole[kLanes] = {};
+  std::memcpy(whole, from.at(row, column), count);
+  Vec found = with(from.type, [&](auto type) {
+    if constexpr (!is_small(type.value)) return Vec{};
+    else return unscaled<type.value>(whole, row) * scales<type.value>(from, row, column, count);
+  });
+  for (int i = count; i < kLanes; i++) found[i] = 0;
+  return found;
+}
+
 template <Type type>
 void copy_columns(const View& from, int64_t rows, int64_t column, float* to, int step) {
+  Vec scale{};
   for (int64_t r = 0; r < rows; r++) {
-    Vec value = load<type>(from.at(r, column));
-    if constexpr (type == Type::kInt8) {
-      value *= *reinterpret_cast<const LooseVec*>(
-          from.scales + r / kScaleRows * from.stride + column);
+    Vec value = unscaled<type>(from.at(r, column), r);
+    if constexpr (is_small(type)) {
+      if (r % kRowsTogether == 0) scale = scales<type>(from, r, column);
+      value *= scale;
     }
     *reinterpret_cast<LooseVec*>(to + r * step) = value;
   }
@@ -64,20 +120,12 @@ inline void transpose(Vec (&v)[kLanes]) {
 void copy(const View& from, int64_t rows, int64_t column, int count, float* to, int step) {
   if (!from.transposed) {
     if (count == kLanes) {
-      switch (from.type) {
-        case Type::kFloat: return copy_columns<Type::kFloat>(from, rows, column, to, step);
-        case Type::kBfloat16: return copy_columns<Type::kBfloat16>(from, rows, column, to, step);
-        case Type::kRounded: return copy_columns<Type::kRounded>(from, rows, column, to, step);
-        default: return copy_columns<Type::kInt8>(from, rows, column, to, step);
-      }
+      return with(from.type, [&](auto type) {
+        copy_columns<type.value>(from, rows, column, to, step);
+      });
     }
     for (int64_t r = 0; r < rows; r++) {
-      Vec value = load(from.type, from.at(r, column), std::max(count, 0));
-      if (from.scales && count > 0) {
-        const float* scale = from.scales + r / kScaleRows * from.stride + column;
-        value *= load(Type::kFloat, reinterpret_cast<const char*>(scale), count);
-      }
-      *reinterpret_cast<LooseVec*>(to + r * step) = value;
+      *reinterpret_cast<LooseVec*>(to + r * step) = numbers(from, r, column, count);
     }
     return;
   }
@@ -231,15 +279,17 @@ auto tiles(std::index_sequence<n...>) {
 // read in long runs.
 template <Type type>
 void copy_panels(const View& b, const Shape& s, int64_t column, int64_t panels, float* to) {
+  Vec scale[2][kPanels] = {};
   for (int64_t r = 0; r < s.inner; r++) {
     for (int half = 0; half < 2; half++) {
       const int64_t first = column + half * s.gap();
       const char* from = b.at(r, first);
-      const float* scale = b.scales + r / kScaleRows * b.stride + first;
       for (int64_t p = 0; p < panels; p++) {
-        Vec value = load<type>(from + p * s.width() * size_of(type));
-        if constexpr (type == Type::kInt8) {
-          value *= *reinterpret_cast<const LooseVec*>(scale + p * s.width());
+        Vec value = unscaled<type>(from + p * s.width() * size_of(type), r);
+        if constexpr (is_small(type)) {
+          Vec& by = scale[half][p];
+          if (r % kRowsTogether == 0) by = scales<type>(b, r, first + p * s.width());
+          value *= by;
         }
         *reinterpret_cast<Vec*>(to + (p * s.inner + r) * kPanel + half * kLanes) = value;
       }
@@ -277,12 +327,7 @@ void packed(const Left& a, const View& b, const Shape& s, int64_t column, int64_
         copy_panel(b, s, first, end - first, panels + p * s.inner * kPanel);
       }
     } else {
-      switch (b.type) {
-        case Type::kFloat: copy_panels<Type::kFloat>(b, s, column, count, panels); break;
-        case Type::kBfloat16: copy_panels<Type::kBfloat16>(b, s, column, count, panels); break;
-        case Type::kRounded: copy_panels<Type::kRounded>(b, s, column, count, panels); break;
-        default: copy_panels<Type::kInt8>(b, s, column, count, panels);
-      }
+      with(b.type, [&](auto type) { copy_panels<type.value>(b, s, column, count, panels); });
     }
     const int64_t after = column + count * s.width();
     const View* source = b.transposed || b.index ? nullptr : after < end ? &b : next;
@@ -314,25 +359,29 @@ void thin(const Left& a, const View& b, int64_t k, int64_t count, int64_t c0, in
   const char *p0 = b.at(k, c0), *p1 = b.at(k, c1);
   const int64_t n0 = next.at(0, c0) - p0, n1 = next.at(0, c1) - p1;
   Vec part[rows][2 * width] = {};
-  for (int64_t r = 0; r < count; r++, p0 += step, p1 += step) {
+  constexpr int64_t together = rows_a_byte(type);
+  for (int64_t r = 0; r < count; r += together, p0 += step, p1 += step) {
     for (int64_t ahead = 0; ahead < width * kLanes * size_of(type); ahead += 64) {
       __builtin_prefetch(p0 + n0 + ahead, 0, 2);
       __builtin_prefetch(p1 + n1 + ahead, 0, 2);
     }
 #pragma GCC unroll 16
     for (int v = 0; v < 2 * width; v++) {
-      const Vec value = load<type>(v < width ? p0 + v * kLanes * size_of(type)
-                                             : p1 + (v - width) * kLanes * size_of(type));
+      const char* from = v < width ? p0 + v * kLanes * size_of(type)
+                                   : p1 + (v - width) * kLanes * size_of(type);
+#pragma GCC unroll 2
+      for (int64_t odd = 0; odd < together; odd++) {
+        const Vec value = unscaled<type>(from, odd);
 #pragma GCC unroll 8
-      for (int i = 0; i < rows; i++) part[i][v] += a.rows[i][k + r] * value;
+        for (int i = 0; i < rows; i++) part[i][v] += a.rows[i][k + r + odd] * value;
+      }
     }
   }
 #pragma GCC unroll 16
   for (int v = 0; v < 2 * width; v++) {
-    if constexpr (type == Type::kInt8) {
+    if constexpr (is_small(type)) {
       const int64_t column = v < width ? c0 + v * kLanes : c1 + (v - width) * kLanes;
-      const Vec scale = *reinterpret_cast<const LooseVec*>(
-          b.scales + k / kScaleRows * b.stride + column);
+      const Vec scale = scales<type>(b, k, column);
 #pragma GCC unroll 8
       for (int i = 0; i < rows; i++) sums[i * 2 * width + v] += part[i][v] * scale;
     } else {
@@ -356,8 +405,8 @@ int64_t thin_rows(const Left& a, const View& b, const Shape& s, int64_t column, 
   const int64_t vectors = (stop - column) / narrow * 2;  // of each row
   auto* sums = reinterpret_cast<Vec*>(scratch(1, rows * vectors * kLanes));
   std::memset(sums, 0, rows * vectors * sizeof(Vec));
-  for (int64_t k = 0; k < s.inner; k += kScaleRows) {
-    const int64_t count = std::min<int64_t>(kScaleRows, s.inner - k);
+  for (int64_t k = 0; k < s.inner; k += kRowsTogether) {
+    const int64_t count = std::min<int64_t>(kRowsTogether, s.inner - k);
     View soon = b;
     if (k + count < s.inner) soon.data = b.at(k + count, 0);
     else if (next) soon = *next;
@@ -396,19 +445,9 @@ void product(const Left& a, const View& b, const Shape& s, int64_t column, int64
   if (s.rows == 0) return;
   if (s.rows <= kThinRows && !b.transposed && !b.index && !a.packed) {
     constexpr auto rows = std::make_index_sequence<kThinRows>();
-    switch (b.type) {
-      case Type::kFloat:
-        column = thin_calls<Type::kFloat>(rows)[s.rows - 1](a, b, s, column, end, put, next);
-        break;
-      case Type::kBfloat16:
-        column = thin_calls<Type::kBfloat16>(rows)[s.rows - 1](a, b, s, column, end, put, next);
-        break;
-      case Type::kRounded:
-        column = thin_calls<Type::kRounded>(rows)[s.rows - 1](a, b, s, column, end, put, next);
-        break;
-      default:
-        column = thin_calls<Type::kInt8>(rows)[s.rows - 1](a, b, s, column, end, put, next);
-    }
+    column = with(b.type, [&](auto type) {
+      return thin_calls<type.value>(rows)[s.rows - 1](a, b, s, column, end, put, next);
+    });
   }
   packed(a, b, s, column, end, put, next);
 }

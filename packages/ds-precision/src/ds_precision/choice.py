@@ -1,0 +1,30 @@
+"""Whether a compiled operation or TensorFlow's own runs where code is being traced."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+from tensorflow.python.framework import ops
+from tensorflow.python.ops import control_flow_util
+
+from ds_precision.kernels import kernels
+
+TYPES = (tf.float32, tf.bfloat16)
+
+
+def use_kernels(*tensors: tf.Tensor) -> bool:
+    """Say whether the compiled products serve these operands where this is traced.
+
+    They do for float32 and bfloat16 on a CPU, outside XLA, where they could be compiled.
+    """
+    return (
+        all(tensor.dtype in TYPES for tensor in tensors)
+        and not traced_for_xla()
+        and kernels() is not None
+    )
+
+
+def traced_for_xla() -> bool:
+    """Say whether the code that calls this is being traced for `jit_compile=True`."""
+    # TensorFlow has no public way to ask this; `tf.function(jit_compile=True)` traces inside
+    # an XLA control-flow context (OptionalXlaContext in polymorphic_function.py).
+    return control_flow_util.GraphOrParentsInXlaContext(ops.get_default_graph())
