@@ -91,8 +91,10 @@ def compare(given: argparse.Namespace, found: Found) -> None:
         and task.key.startswith(tuple(given.rows.split(",")))
     ]
     forget(found, tasks, names)
+    limits = found.limits  # those that the rows of an earlier run are held to
     systems = prepare(names, given.environments, found)
     measure(systems, tasks, given.threads, found, lambda: keep(found, given.out))
+    found.limits = limits or found.limits
     found.rows.sort(key=lambda row: TASKS.index(row.task))
 
 

@@ -27,6 +27,8 @@ def measure(
 ) -> None:
     """Do all tasks with all systems, precision by precision; add what is found, and keep it."""
     reference: Reference | None = None
+    if all(task.precision != "float32" for task in tasks):
+        reference = _reference(systems, threads)
     for precision in PRECISIONS:
         todo = [task for task in tasks if task.precision == precision]
         if not todo:
@@ -42,6 +44,15 @@ def measure(
                 found.rows.append(time_row(workers, task, found.rounds))
                 keep()
             found.limits = combine([found.limits, *_limits(workers)])  # once may be a bad moment
+
+
+def _reference(systems: Sequence[System], threads: int) -> Reference | None:
+    """Ask transformers in float32 for what others are compared with, if it takes part."""
+    for system in systems:
+        if system.name == TRANSFORMERS:
+            with system.start("float32", threads, thorough=False) as worker:
+                return ask(worker, None)
+    return None
 
 
 def _start(

@@ -1,5 +1,6 @@
 import pytest
 
+from bench.__main__ import forget
 from bench.found import Found
 from bench.process import ROOT
 from bench.publish import NOTES, decode_limits, publish
@@ -33,3 +34,16 @@ def test_the_limit_of_a_batch_is_that_of_its_row(found, config):
     assert limits.keys() == {8}
     # Twice as many bytes a weight, half the tokens a second.
     assert limits[8]["bfloat16"] == pytest.approx(2 * limits[8]["float32"])
+
+
+def test_what_is_measured_again_is_forgotten_and_the_rest_is_kept():
+    data = (ROOT / "docs" / "assets" / "benchmarks.json").read_text(encoding="utf-8")
+    found, before = Found.model_validate_json(data), Found.model_validate_json(data)
+    again = [row.task for row in found.rows if row.task.precision == "int8"]
+    forget(found, again, ["llama.cpp"])
+    assert [row.task for row in found.rows] == [r.task for r in before.rows if r.task not in again]
+    gone = [line for line in before.agreement if line not in found.agreement]
+    assert {(line.system, line.precision) for line in gone} == {
+        ("ours", "int8"),
+        ("llama.cpp", "int8"),
+    }

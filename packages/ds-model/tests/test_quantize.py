@@ -69,12 +69,12 @@ def test_a_quantized_model_is_the_model_of_its_rounded_weights(config, mode):
     other.set_weights(model.get_weights())
     rounded(other, mode)
     expected = other(IDS).numpy()
-    said = {"max_new_tokens": 9, "eos_token_id": [], "draft": True}
-    text = other.generate(IDS, **said).numpy()
     model.quantize(mode)
 
     np.testing.assert_allclose(model(IDS), expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(model.generate(IDS, **said), text)
+    if mode == "int4":  # also through the cache, and with drafts of the MTP module
+        said = {"max_new_tokens": 9, "eos_token_id": [], "draft": True}
+        np.testing.assert_array_equal(model.generate(IDS, **said), other.generate(IDS, **said))
 
 
 @pytest.mark.parametrize("mode", [None, *MODES])
