@@ -1,4 +1,4 @@
-"""What `ds-model convert` takes for gigabytes of FP8: memory and time, beside a plain copy.
+"""What `ds-model convert` and `quantize` take for gigabytes of FP8, beside a plain copy.
 
 `python -m bench.conversion` makes a directory of the released layout with random numbers, converts
 it, and writes docs/assets/conversion.json and its table in docs/how-to/load-released-weights.md.
@@ -93,11 +93,11 @@ class Watch:
             self.most = max(self.most, *(int(kilobytes) * 1024 for kilobytes in own), 0)
 
 
-def convert(source: Path, target: Path, *words: str) -> dict[str, Any]:
+def convert(source: Path, target: Path, *words: str, how: str = "convert") -> dict[str, Any]:
     """Convert in a process of its own, to the disk and not just to the cache."""
     shutil.rmtree(target, ignore_errors=True)
     program = "from ds_model.cli import main; main()"
-    command = [sys.executable, "-c", program, "convert", str(source), str(target), *words]
+    command = [sys.executable, "-c", program, how, str(source), str(target), *words]
     start = time.perf_counter()
     running = subprocess.Popen(command)
     watch = Watch(running.pid)
@@ -179,6 +179,9 @@ def main() -> int:
             "as it is": convert(source, target),
             "to bfloat16": convert(source, target, "--dtype", "bfloat16"),
             "to float32": convert(source, target, "--dtype", "float32"),
+            "to fp8, rounded anew": convert(source, target, "--dtype", "fp8"),
+            "to int8": convert(source, target, "--mode", "int8", how="quantize"),
+            "to int4": convert(source, target, "--mode", "int4", how="quantize"),
         }
         shutil.rmtree(WORK)
         data.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -2,7 +2,7 @@ import keras
 import numpy as np
 import pytest
 
-import ds_precision.products
+import ds_precision.choice
 from ds_model import CausalLM, ModelConfig
 
 # A small vocabulary and sharp logits: drafts are accepted now and then even with random weights.
@@ -51,7 +51,7 @@ def test_stock_operations_write_the_same_text(model, draft, monkeypatch):
     mask = np.ones_like(ids)
     mask[0, :4] = 0
     out = model.generate(ids, mask, max_new_tokens=20, draft=draft)
-    monkeypatch.setattr(ds_precision.products, "kernels", lambda: None)
+    monkeypatch.setattr(ds_precision.choice, "kernels", lambda: None)
     stock = CausalLM(CONFIG)  # with compiled functions of its own
     stock.set_weights(model.get_weights())
 
