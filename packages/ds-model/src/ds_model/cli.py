@@ -32,6 +32,13 @@ app = typer.Typer(
 )
 
 
+Experts = Annotated[
+    str | None,
+    typer.Option(metavar="RANK/OF", help="Only one rank's routed experts, and all else."),
+]
+Check = Annotated[bool, typer.Option(help="Hold SRC to its SHA256SUMS first, if it has any.")]
+
+
 class Form(StrEnum):
     """What `convert` writes."""
 
@@ -74,13 +81,8 @@ def convert_command(
     to: Annotated[
         Form, typer.Option(help="hf: released layout; keras: one .keras file.")
     ] = Form.HF,
-    experts: Annotated[
-        str | None,
-        typer.Option(metavar="RANK/OF", help="Only one rank's routed experts, and all else."),
-    ] = None,
-    check: Annotated[
-        bool, typer.Option(help="Hold SRC to its SHA256SUMS first, if it has any.")
-    ] = True,
+    experts: Experts = None,
+    check: Check = True,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Write a checkpoint in another dtype or form. DST appears only when it is whole.
@@ -90,8 +92,7 @@ def convert_command(
     """
     with _one_line_errors():
         if check:
-            with _progress_bar(f"{source.name}, checksums") as progress:
-                verify(source, progress)
+            _hold_to_checksums(source)
     with _one_line_errors(), _progress_bar(source.name) as progress:
         if to is Form.HF:
             wanted = cast("DTypeName | Literal['fp8'] | None", dtype and dtype.value)
@@ -130,13 +131,8 @@ def quantize_command(
             "fp8: blocks of 128x128, the released form."
         ),
     ] = Mode.INT8,
-    experts: Annotated[
-        str | None,
-        typer.Option(metavar="RANK/OF", help="Only one rank's routed experts, and all else."),
-    ] = None,
-    check: Annotated[
-        bool, typer.Option(help="Hold SRC to its SHA256SUMS first, if it has any.")
-    ] = True,
+    experts: Experts = None,
+    check: Check = True,
     as_json: Annotated[bool, typer.Option("--json", help="For programs: every matrix.")] = False,
 ) -> None:
     """Write a checkpoint with small weights, for serving, and say what rounding changed.
@@ -148,8 +144,7 @@ def quantize_command(
     errors: dict[str, float] = {}
     with _one_line_errors():
         if check:
-            with _progress_bar(f"{source.name}, checksums") as progress:
-                verify(source, progress)
+            _hold_to_checksums(source)
         share = None if experts is None else ExpertSlice.parse(experts)
         with _progress_bar(source.name) as progress:
             to_hf(
@@ -182,6 +177,11 @@ def _one_line_errors() -> Iterator[None]:
     except (CheckpointError, ConfigError, TokenizerError, OSError) as error:
         typer.echo(f"ds-model: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from error
+
+
+def _hold_to_checksums(source: Path) -> None:
+    with _progress_bar(f"{source.name}, checksums") as progress:
+        verify(source, progress)
 
 
 @contextmanager
