@@ -6,6 +6,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from damage import damaged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save, save_file
@@ -110,13 +111,7 @@ def test_a_damaged_file_is_refused_or_read_within_its_bounds(data, tmp_path_fact
     """Truncation anywhere, and any overwritten byte of the header."""
     directory = tmp_path_factory.mktemp("damaged")
     whole = save({"a": A, "b": B})
-    header = 8 + int.from_bytes(whole[:8], "little")
-    if data.draw(st.booleans(), label="truncate"):
-        content = whole[: data.draw(st.integers(0, len(whole) - 1), label="length")]
-    else:
-        place = data.draw(st.integers(0, header - 1), label="place")
-        byte = data.draw(st.integers(0, 255), label="byte")
-        content = whole[:place] + bytes([byte]) + whole[place + 1 :]
+    content = damaged(data, whole)
     (directory / SINGLE).write_bytes(content)
     try:
         with TensorFiles(directory) as files:
