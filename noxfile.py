@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import sys
 import tempfile
@@ -38,6 +39,7 @@ PROJECTS = {
 }
 BUILT: dict[str, Path] = {}  # the wheels that this nox run has built
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "2"}
+TESTED_EXTRAS = ("plot", "tensorboard", "mlflow", "wandb", "notebook")  # all but `gpu`
 COVERAGE = 90  # per cent of each package's lines and branches, by its own tests alone
 
 
@@ -102,8 +104,7 @@ def check(session: nox.Session) -> None:
 def dev(session: nox.Session) -> None:
     """Make .venv with all six packages editable, every tool, and the commit hooks."""
     session.run(*UV, "venv", "-q", "--allow-existing", "--python", sys.executable, ".venv")
-    editable = [f"packages/{name}" for name in PROJECTS if name != "ds-train"]
-    editable.append("packages/ds-train[plot]")
+    editable = [f"packages/{name}{tested_extras(name)}" for name in PROJECTS]
     arguments = [word for path in editable for word in ("--editable", path)]
     session.run(*UV, "pip", "install", "-q", "--python", ".venv", "--group", "dev", *arguments)
     scripts = ROOT / ".venv" / ("Scripts" if sys.platform == "win32" else "bin")
@@ -134,7 +135,8 @@ def tools(session: nox.Session) -> None:
     """Test the workshop itself: interface check, layers, releases, what the benchmark computes."""
     session.install(*nox.project.dependency_groups(GROUPS, "tools"))
     install_wheels(session, "ds-model", "ds-train[plot]")  # the benchmark counts their costs
-    session.run("pytest", "-q", "tools/tests", "bench/tests", *session.posargs, env=QUIET)
+    tests = ("tools/tests", "bench/tests")
+    session.run("pytest", "-q", *tests, *report("tools"), *session.posargs, env=QUIET)
 
 
 @nox.session
@@ -164,7 +166,7 @@ def parity(session: nox.Session) -> None:
     """Compare the model with transformers on torch: logits, gradients, text, training."""
     install_peer(session)
     install_wheels(session, "ds-model", "ds-train[plot]")
-    session.run("pytest", "-q", "parity", *session.posargs, env=QUIET)
+    session.run("pytest", "-q", "parity", *report("parity"), *session.posargs, env=QUIET)
     if not session.posargs:  # once more on stock operations, where nothing is compiled
         stock = [f"parity/test_{name}.py" for name in ("forward", "gradients", "plants")]
         session.run("pytest", "-q", *stock, env={**QUIET, "DS_PRECISION_KERNELS": "off"})
@@ -172,8 +174,9 @@ def parity(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Build the site strictly into build/site, and run every example in it and in the READMEs."""
+    """Execute the notebooks, build the site strictly into build/site, run every example in it."""
     install_docs(session)
+    session.run("python", "tools/notebooks.py", "run", env=QUIET)
     session.run("mkdocs", "build", "--strict", "--quiet", env={"NO_MKDOCS_2_WARNING": "1"})
     pages = ["README.md", "docs", *(f"packages/{name}/README.md" for name in PROJECTS)]
     session.run("pytest", "-q", "--markdown-docs", *pages, *session.posargs, env=QUIET)
@@ -186,7 +189,24 @@ def docs(session: nox.Session) -> None:
 def docs_serve(session: nox.Session) -> None:
     """Show the site at http://127.0.0.1:8000 and rebuild it at each change."""
     install_docs(session)
-    session.run("mkdocs", "serve", *session.posargs, env={"NO_MKDOCS_2_WARNING": "1"})
+    draft = {"NO_MKDOCS_2_WARNING": "1", "DS_DOCS_DRAFT": "1"}  # notebooks may lack outputs
+    session.run("mkdocs", "serve", *session.posargs, env=draft)
+
+
+@nox.session
+def notebooks(session: nox.Session) -> None:
+    """Execute the notebooks that changed; `-- --force` for all, `-- PATH` for one."""
+    install_docs(session)
+    session.run("python", "tools/notebooks.py", "run", *session.posargs, env=QUIET)
+
+
+@nox.session
+def lab(session: nox.Session) -> None:
+    """Open the notebooks in JupyterLab, at localhost, behind a token."""
+    install_wheels(session, "ds-train[notebook]", "ds-serve")
+    # What is safe is Jupyter's own default; said here so that no file of yours turns it off.
+    safe = ("--ip=127.0.0.1", "--IdentityProvider.token=" + secrets.token_hex(24))
+    session.run("jupyter", "lab", *safe, *session.posargs, "docs/notebooks", env=QUIET)
 
 
 @nox.session
@@ -328,12 +348,16 @@ def run_tests(
         oldest: take the lowest version that each declared range admits, not the highest.
     """
     project = PROJECTS[package]
-    plot = project["optional-dependencies"].get("plot", [])
-    extra = "[plot]" if plot else ""
-    declared = [line for line in project["dependencies"] + plot if not line.startswith("ds-")]
+    optional = [
+        line
+        for name, lines in project["optional-dependencies"].items()
+        if name in TESTED_EXTRAS
+        for line in lines
+    ]
+    declared = [line for line in project["dependencies"] + optional if not line.startswith("ds-")]
     install_test_tools(session, package)
     options = ("--upgrade", "--resolution", "lowest-direct", *declared) if oldest else ()
-    install_wheels(session, f"{package}{extra}", wheels=wheels, options=options)
+    install_wheels(session, package + tested_extras(package), wheels=wheels, options=options)
     session.chdir(ROOT / "packages" / package)  # src layout: only the wheel can be imported
     session.run("deptry", "src", silent=True)
     coverage = [
@@ -341,7 +365,20 @@ def run_tests(
         f"--cov-config={ROOT / 'pyproject.toml'}",
         f"--cov-fail-under={COVERAGE}",
     ]
-    session.run("pytest", "-q", *(() if oldest else coverage), *session.posargs, env=QUIET)
+    found = () if oldest else (*coverage, *report(f"tests({package})"))
+    session.run("pytest", "-q", *found, *session.posargs, env=QUIET)
+
+
+def report(name: str) -> tuple[str, ...]:
+    """Return what makes pytest write the report of a session, for the site's page of progress."""
+    slug = name.replace("(", "-").replace(")", "")
+    return (f"--junitxml={ROOT / 'build' / 'reports' / slug}.xml",)
+
+
+def tested_extras(package: str) -> str:
+    """Return the extras that a package's tests need, in brackets."""
+    extras = [name for name in TESTED_EXTRAS if name in PROJECTS[package]["optional-dependencies"]]
+    return f"[{','.join(extras)}]" if extras else ""
 
 
 def install_test_tools(session: nox.Session, package: str) -> None:
@@ -362,7 +399,7 @@ def install_peer(session: nox.Session) -> None:
 def install_docs(session: nox.Session) -> None:
     """Install what the site and its examples need."""
     session.install("-q", *nox.project.dependency_groups(GROUPS, "docs"))
-    install_wheels(session, "ds-train[plot]", "ds-serve")
+    install_wheels(session, "ds-train[notebook]", "ds-serve")
 
 
 if __name__ == "__main__":

@@ -31,23 +31,27 @@ def render(module: str, source: Path) -> str:
     """Return the stub of the names in `module.__all__`.
 
     Args:
-        module: import name, such as "ds_moe".
+        module: import name, such as "ds_moe" or "ds_moe.figures".
         source: the folder that holds it.
 
     Raises:
         InterfaceError: `__all__` is missing, or holds a name that is not there.
     """
-    if not (source / module / "__init__.py").exists():
+    place = source.joinpath(*module.split("."))
+    if not (place / "__init__.py").exists() and not place.with_suffix(".py").exists():
         raise InterfaceError(f"{module} has no __init__.py")
     tree = griffe.load(module, search_paths=[source], resolve_aliases=True)
     if not tree.exports:
-        message = f"{module}/__init__.py has no __all__: it states the package's public names"
+        message = f"{module} has no __all__: it states the public names"
         raise InterfaceError(message)
     blocks = []
     for name in sorted(map(str, tree.exports), key=str.lower):
         member = tree.members.get(name)
         if member is None:
             raise InterfaceError(f"{module}.__all__ holds {name!r}, which is not defined there")
+        if isinstance(member, griffe.Alias) and _is_a_siblings(member.target_path, module):
+            blocks.append(f"{name} = ...  # {member.target_path}\n")
+            continue
         try:
             found = _resolved(member)
         except griffe.AliasResolutionError as error:
@@ -57,6 +61,12 @@ def render(module: str, source: Path) -> str:
             found = _resolved(found.members[name])
         blocks.append("\n".join(_lines(name, found)) + "\n")
     return HEADER.format(name=module.replace("_", "-")) + "\n".join(blocks)
+
+
+def _is_a_siblings(path: str, module: str) -> bool:
+    """Say whether a name is passed on from another package, whose own snapshot has it."""
+    package = path.partition(".")[0]
+    return package.startswith("ds_") and package != module.partition(".")[0]
 
 
 def breaks(old: str, new: str) -> list[str]:

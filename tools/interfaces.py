@@ -25,17 +25,26 @@ def check(package: Package, root: Path, *, write: bool = False) -> list[str]:
         root: the workspace.
         write: put the snapshot right instead of complaining that it differs.
     """
-    current = render(package.module, package.source)
-    problems = unannounced_breaks(package, current, root)
-    recorded = package.snapshot.read_text(encoding="utf-8") if package.snapshot.exists() else ""
+    found = []
+    for module, snapshot in package.snapshots.items():
+        found += _check_module(package, module, snapshot, root, write=write)
+    return found
+
+
+def _check_module(
+    package: Package, module: str, snapshot: Path, root: Path, *, write: bool
+) -> list[str]:
+    current = render(module, package.source)
+    problems = unannounced_breaks(package, snapshot, current, root)
+    recorded = snapshot.read_text(encoding="utf-8") if snapshot.exists() else ""
     if current == recorded or problems:
         return problems
-    where = package.snapshot.relative_to(root)
+    where = snapshot.relative_to(root)
     broken = breaks(recorded, current)
     notes = [f"{package.name}: {line}" for line in broken]
     notes += pins(package, root) if broken else []
     if write:
-        package.snapshot.write_text(current, encoding="utf-8")
+        snapshot.write_text(current, encoding="utf-8")
         print("\n".join([*notes, f"{package.name}: wrote {where}"]))
         return []
     if not broken:
@@ -44,15 +53,17 @@ def check(package: Package, root: Path, *, write: bool = False) -> list[str]:
     return [*notes, f"{package.name}: the sources differ from {where}; {advice}"]
 
 
-def unannounced_breaks(package: Package, current: str, root: Path) -> list[str]:
+def unannounced_breaks(package: Package, snapshot: Path, current: str, root: Path) -> list[str]:
     """Return the breaks since the last release that the version does not announce."""
     released = released_versions(package.name, root)
     if not released or breaking_part(package.version) > breaking_part(released[-1]):
         return []
     tag = f"{package.name}-v{released[-1]}"
     try:
-        old = git("show", f"{tag}:packages/{package.name}/interface.pyi", root=root)
+        old = git("show", f"{tag}:packages/{package.name}/{snapshot.name}", root=root)
     except subprocess.CalledProcessError:
+        if snapshot.name != "interface.pyi":
+            return []  # the module has become public since
         return [f"{package.name}: {tag} has no interface.pyi to compare with"]
     broken = [
         f"{package.name} {package.version} breaks {tag}: {line}" for line in breaks(old, current)

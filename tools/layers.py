@@ -16,11 +16,13 @@ from importlinter.cli import lint_imports
 from workspace import ROOT, packages
 
 
-def public_names(init: Path) -> frozenset[str]:
-    """Return what a package's `__all__` holds, read without importing it."""
-    if not init.exists():
+def public_names(module: Path) -> frozenset[str]:
+    """Return what a module's `__all__` holds, read without importing it."""
+    files = [module / "__init__.py", module.with_suffix(".py")]
+    file = next((each for each in files if each.exists()), None)
+    if file is None:
         return frozenset()
-    for node in ast.parse(init.read_text(encoding="utf-8")).body:
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and "__all__" in map(ast.unparse, node.targets):
             return frozenset(ast.literal_eval(node.value))
     return frozenset()
@@ -32,7 +34,7 @@ def private_imports(file: Path, module: str, public: dict[str, frozenset[str]]) 
     Args:
         file: a source file of the package `module`.
         module: the import name of the package that the file belongs to.
-        public: the public names of every package, by import name.
+        public: the public names of every public module, by its path.
     """
     found = []
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -40,11 +42,11 @@ def private_imports(file: Path, module: str, public: dict[str, frozenset[str]]) 
         if isinstance(node, ast.Import):
             reached = [name.name for name in node.names if "." in name.name]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            if "." in node.module:
-                reached = [node.module]
-            elif node.module in public:
+            if node.module in public:
                 names = {name.name for name in node.names} - public[node.module]
                 reached = [f"{node.module}.{name}" for name in sorted(names)]
+            elif "." in node.module:
+                reached = [node.module]
         for path in reached:
             sibling = path.partition(".")[0]
             if sibling in public and sibling != module:
@@ -56,7 +58,11 @@ def private_imports(file: Path, module: str, public: dict[str, frozenset[str]]) 
 def main(root: Path = ROOT) -> int:
     """Check the order and the names; return the exit code."""
     known = packages(root)
-    public = {p.module: public_names(p.source / p.module / "__init__.py") for p in known.values()}
+    public = {
+        module: public_names(package.source.joinpath(*module.split(".")))
+        for package in known.values()
+        for module in package.snapshots
+    }
     problems = [
         line
         for package in known.values()

@@ -148,7 +148,7 @@ def release(package: Package, version: Version, root: Path) -> str:
         changed.append(package.folder / "CHANGELOG.md")
         record_interface(package.name, root)
         wheel = build_wheel(package, root)
-        git("add", "--", *map(str, [*changed, package.snapshot]), root=root)
+        git("add", "--", *map(str, [*changed, *package.snapshots.values()]), root=root)
         git("commit", "--quiet", "--message", f"Release {package.name} {version}", root=root)
         git("tag", "--annotate", tag, "--message", f"{package.name} {version}", root=root)
     except (ReleaseError, InterfaceError, subprocess.CalledProcessError, OSError):

@@ -21,6 +21,7 @@ class Package:
     folder: Path
     version: Version
     requirements: tuple[Requirement, ...]
+    public: tuple[str, ...] = ()  # modules beside `__init__` whose `__all__` is public too
 
     @property
     def module(self) -> str:
@@ -33,19 +34,25 @@ class Package:
         return self.folder / "src"
 
     @property
-    def snapshot(self) -> Path:
-        """The committed snapshot of the public interface."""
-        return self.folder / "interface.pyi"
+    def snapshots(self) -> dict[str, Path]:
+        """The committed snapshots of the public interface, by the module that each is of."""
+        found = {self.module: self.folder / "interface.pyi"}
+        return found | {
+            f"{self.module}.{name}": self.folder / f"interface.{name}.pyi" for name in self.public
+        }
 
 
 def packages(root: Path = ROOT) -> dict[str, Package]:
     """Return the workspace's packages by name."""
     found = {}
     for path in sorted((root / "packages").glob("*/pyproject.toml")):
-        project = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
+        file = tomllib.loads(path.read_text(encoding="utf-8"))
+        project = file["project"]
+        public = tuple(file.get("tool", {}).get("ds", {}).get("public", ()))
         requirements = tuple(map(Requirement, project["dependencies"]))
         version = Version(project["version"])
-        found[project["name"]] = Package(project["name"], path.parent, version, requirements)
+        name = project["name"]
+        found[name] = Package(name, path.parent, version, requirements, public)
     return found
 
 

@@ -1,6 +1,8 @@
 # The public interface of ds-attention, written by `nox -s interfaces -- --write`.
 def apply_rope(x: tf.Tensor, positions: tf.Tensor, theta: float = 10000.0, yarn: YarnConfig | None = None, interleave: bool = True) -> tf.Tensor: ...
 
+def attention_weights(layer: MultiHeadLatentAttention, x: tf.Tensor, positions: tf.Tensor | None = None) -> tf.Tensor: ...
+
 class AttentionConfig:
     hidden_size: int
     num_attention_heads: int

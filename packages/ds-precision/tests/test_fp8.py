@@ -262,6 +262,31 @@ def test_products_of_8_bit_numbers_are_those_of_what_they_mean(
     assert (np.abs(found - exact) <= 1e-5 * size + 1e-30).all()
 
 
+@pytest.mark.parametrize("form", ["bits", "read", "narrow"])
+@pytest.mark.parametrize("scaling", ["block", "tensor"])
+def test_products_of_stacks_are_those_of_their_matrices(scaling, form, monkeypatch):
+    how = Fp8Recipe(tile=32, scaling=scaling, accumulator_bits=24 if form == "narrow" else 0)
+    monkeypatch.setattr(Fp8Recipe, "multiplies_bits", lambda *_: form == "bits")
+    x, w, dy = (
+        tf.random.stateless_normal([3, *shape], seed=[1, shape[0]])
+        for shape in ((40, 70), (70, 50), (40, 50))
+    )
+
+    def products(x, w, dy):
+        small_w = how.blocks(w)
+        return [
+            how.product(how.rows(x), small_w, tf.float32),
+            how.product(how.rows(dy), small_w, tf.float32, transpose_b=True),
+            how.product(how.columns(x), how.columns(dy), tf.float32, transpose_a=True),
+        ]
+
+    found = tf.function(products, jit_compile=True)(x, w, dy)
+    monkeypatch.undo()
+    for i in range(3):
+        expected = [m.numpy() for m in products(x[i], w[i], dy[i])]
+        assert_near([stack[i] for stack in found], expected)
+
+
 def test_tiles_that_differ_are_named():
     one, two = Fp8Recipe(tile=64), Fp8Recipe(tile=128)
     with pytest.raises(ValueError, match="a has tiles of 64 along the inner size, b of 128"):

@@ -7,6 +7,7 @@ from ds_attention.mha import MultiHeadAttention
 from ds_attention.mla import MultiHeadLatentAttention
 from ds_attention.rms_norm import RMSNorm
 from ds_attention.rope import YarnConfig, apply_rope, rope_frequencies, rope_rotation
+from ds_attention.weights import attention_weights
 
 __all__ = [
     "AttentionConfig",
@@ -18,6 +19,7 @@ __all__ = [
     "RMSNorm",
     "YarnConfig",
     "apply_rope",
+    "attention_weights",
     "causal_mask",
     "memory_report",
     "rope_frequencies",

@@ -10,8 +10,8 @@ and their gradients stay float32 outside.
 
 The arithmetic is that of FP8 hardware, done on operands that are read back from 8 bits into
 float32 (into bfloat16 where scales are powers of two: that is exact too, and faster). So training
-behaves as it would there; it is not faster here. Compiled by XLA for a GPU, `fp8_matmul` takes the
-form that XLA makes FP8 products of (`eight_bit_product`).
+behaves as it would there; it is not faster here. Compiled by XLA for a GPU, products take the form
+that XLA makes FP8 products of (`Fp8Recipe.product`).
 
 Shape letters: T rows (tokens), K inner, N outer size of a weight.
 """
@@ -104,11 +104,42 @@ class Fp8Recipe:
 
     def read(self, small: BlockScaled, dtype: tf.DType) -> tf.Tensor:
         """Return an operand of a product whose result is to be of `dtype`."""
-        exact = self.power_of_two and dtype == tf.bfloat16
-        return dequantize_blocks(small, tf.bfloat16 if exact else tf.float32)
+        return dequantize_blocks(small, self._read_as(dtype))
+
+    def product(
+        self,
+        a: BlockScaled,
+        b: BlockScaled,
+        dtype: tf.DType,
+        transpose_a: bool = False,
+        transpose_b: bool = False,
+    ) -> tf.Tensor:
+        """Return `a b` of matrices, or under XLA of stacks of them, one by one.
+
+        The numbers are multiplied as they are where `multiplies_bits` says so, else as `read`.
+
+        Args:
+            a: `[..., T, K]`; `[..., K, T]` if `transpose_a`, with tiles along K.
+            b: `[..., K, N]`, with the same tiles of K; `[..., N, K]` if `transpose_b`.
+            dtype: of the layer's result, as for `read`.
+            transpose_a: turn `a` first: a weight's gradient, always in float32. Not with
+                `transpose_b`.
+            transpose_b: turn `b` first: an input's gradient.
+
+        Returns:
+            `[..., T, N]`, float32 or what `read` returns.
+        """
+        if self.multiplies_bits(a, b):
+            a, b = _turned(a) if transpose_a else a, _turned(b) if transpose_b else b
+            y = eight_bit_product(a, b)
+            return y if transpose_a else tf.cast(y, self._read_as(dtype))
+        left, right = self.read(a, dtype), self.read(b, dtype)
+        if transpose_a:
+            return self.outer(left, right)
+        return self.times_transposed(left, right) if transpose_b else self.times(left, right)
 
     def multiplies_bits(self, *operands: BlockScaled) -> bool:
-        """Say whether `eight_bit_product` serves here: under XLA, on a GPU, sums in float32."""
+        """Say whether numbers are multiplied in 8 bits: under XLA, on a GPU, sums in float32."""
         return (
             all(small.values.dtype in _EIGHT_BITS for small in operands)
             and not self.accumulator_bits
@@ -117,20 +148,24 @@ class Fp8Recipe:
         )
 
     def times(self, a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
-        """Return `a b`, `[T, K] [K, N]`."""
+        """Return `a b`, `[T, K] [K, N]`; under XLA of stacks too, as the next two."""
         return self._summed(a, b) if self.accumulator_bits else multiply(a, b)
 
     def times_transposed(self, a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
         """Return `a b^T`, `[T, N] [K, N]`."""
         if self.accumulator_bits:
-            return self._summed(a, tf.transpose(b))
+            return self._summed(a, tf.linalg.matrix_transpose(b))
         return multiply_transposed(a, b)
 
     def outer(self, a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
         """Return `a^T b`, `[T, K] [T, N]`, in float32."""
         if self.accumulator_bits:
-            return self._summed(tf.transpose(a), b)
+            return self._summed(tf.linalg.matrix_transpose(a), b)
         return multiply_outer(a, b)
+
+    def _read_as(self, dtype: tf.DType) -> tf.DType:
+        exact = self.power_of_two and dtype == tf.bfloat16
+        return tf.bfloat16 if exact else tf.float32
 
     def _small(
         self, x: tf.Tensor, block: tuple[int, int], fmt: Format, seen_as: str
@@ -144,18 +179,19 @@ class Fp8Recipe:
     def _summed(self, a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
         """Multiply with the narrow running sum."""
         a, b = tf.cast(a, tf.float32), tf.cast(b, tf.float32)
-        missing = -tf.shape(a)[1] % _SUM_STEP
-        a, b = tf.pad(a, [[0, 0], [0, missing]]), tf.pad(b, [[0, missing], [0, 0]])
-        steps = tf.shape(a)[1] // _SUM_STEP
+        missing, others = -tf.shape(a)[-1] % _SUM_STEP, [[0, 0]] * (a.shape.rank - 1)
+        a = tf.pad(a, [*others, [0, missing]])
+        b = tf.pad(b, [*others[1:], [0, missing], [0, 0]])
+        steps = tf.shape(a)[-1] // _SUM_STEP
         every = self.promote_every // _SUM_STEP
         mask = tf.constant(-(1 << (24 - self.accumulator_bits)), tf.int32)
-        zeros = tf.zeros([tf.shape(a)[0], tf.shape(b)[1]])
+        zeros = tf.zeros(tf.concat([tf.shape(a)[:-1], tf.shape(b)[-1:]], axis=0))
 
         def add(
             i: tf.Tensor, total: tf.Tensor, part: tf.Tensor
         ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             at = slice(i * _SUM_STEP, (i + 1) * _SUM_STEP)
-            part += tf.matmul(a[:, at], b[at])
+            part += tf.matmul(a[..., at], b[..., at, :])
             part = tf.bitcast(tf.bitcast(part, tf.int32) & mask, tf.float32)
             if every:
                 full = (i + 1) % every == 0
@@ -236,42 +272,41 @@ def without_fp8(policy: keras.dtype_policies.DTypePolicy) -> keras.dtype_policie
 
 
 def eight_bit_product(a: BlockScaled, b: BlockScaled) -> tf.Tensor:
-    """Return `a b` from numbers of 8 bits, tile by tile of the inner size.
+    """Return `a b` from numbers of 8 bits, tile by tile of the inner size; of stacks one by one.
 
     `sum_k (A_k B_k) * s_k t_k`: each product is one of E4M3 or E5M2 numbers alone, summed in
     float32, and takes its scales afterwards. XLA makes an FP8 product of each on a GPU that has
     them; elsewhere it is the same sum, and slow.
 
     Args:
-        a: `[T, K]` with scales a row (or rows) and tile of K.
-        b: `[K, N]` with scales a tile of K and column (or columns); the same tiles of K.
+        a: `[..., T, K]` with scales a row (or rows) and tile of K.
+        b: `[..., K, N]` with scales a tile of K and column (or columns); the same tiles of K.
 
     Returns:
-        `[T, N]` float32.
+        `[..., T, N]` float32.
 
     Raises:
         ValueError: the tiles differ.
     """
-    inner = a.values.shape[1]
+    inner = a.values.shape[-1]
     tile, other = (min(inner, side) for side in (a.block[1], b.block[0]))
     if tile != other:
         raise ValueError(f"a has tiles of {tile} along the inner size, b of {other}")
-    rows = tf.range(tf.shape(a.values)[0]) // a.block[0]
-    columns = tf.range(tf.shape(b.values)[1]) // b.block[1]
+    rows = tf.range(tf.shape(a.values)[-2]) // a.block[0]
+    columns = tf.range(tf.shape(b.values)[-1]) // b.block[1]
     total = tf.zeros([])
     for k, first in enumerate(range(0, inner, tile)):
         at = slice(first, min(first + tile, inner))
-        left, right = (tf.cast(v, tf.float32) for v in (a.values[:, at], b.values[at]))
-        by_row = tf.gather(a.scales[:, k], rows)[:, None]
-        by_column = tf.gather(b.scales[k], columns)[None]
+        left, right = (tf.cast(v, tf.float32) for v in (a.values[..., at], b.values[..., at, :]))
+        by_row = tf.gather(a.scales[..., k], rows, axis=-1)[..., None]
+        by_column = tf.gather(b.scales[..., k, :], columns, axis=-1)[..., None, :]
         total += tf.matmul(left, right) * by_row * by_column
     return total
 
 
 def _turned(small: BlockScaled) -> BlockScaled:
-    return BlockScaled(
-        tf.transpose(small.values), tf.transpose(small.scales), (small.block[1], small.block[0])
-    )
+    values, scales = (tf.linalg.matrix_transpose(part) for part in (small.values, small.scales))
+    return BlockScaled(values, scales, (small.block[1], small.block[0]))
 
 
 def fp8_matmul(
@@ -303,10 +338,7 @@ def fp8_matmul(
         inner, outer = kernel.shape
         small_x = how.rows(tf.reshape(x, [-1, inner]), input_format, _part(name, "input"))
         small_w = how.blocks(kernel, _part(name, "weight"))
-        if how.multiplies_bits(small_x, small_w):
-            y_TN = eight_bit_product(small_x, small_w)
-        else:
-            y_TN = how.times(how.read(small_x, x.dtype), how.read(small_w, x.dtype))
+        y_TN = how.product(small_x, small_w, x.dtype)
         y = tf.reshape(tf.cast(y_TN, x.dtype), tf.concat([tf.shape(x)[:-1], [outer]], 0))
 
         def gradient(dy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -314,12 +346,8 @@ def fp8_matmul(
             small_dy = how.rows(dy_TN, how.gradients, _part(name, "gradient"))
             tall_x = how.columns(how.read(small_x, x.dtype), input_format)
             tall_dy = how.columns(dy_TN, how.gradients)
-            if how.multiplies_bits(small_dy, small_w, tall_x, tall_dy):
-                dx = eight_bit_product(small_dy, _turned(small_w))
-                dw = eight_bit_product(_turned(tall_x), tall_dy)
-            else:
-                dx = how.times_transposed(how.read(small_dy, x.dtype), how.read(small_w, x.dtype))
-                dw = how.outer(how.read(tall_x, x.dtype), how.read(tall_dy, x.dtype))
+            dx = how.product(small_dy, small_w, x.dtype, transpose_b=True)
+            dw = how.product(tall_x, tall_dy, x.dtype, transpose_a=True)
             return tf.reshape(tf.cast(dx, x.dtype), tf.shape(x)), tf.cast(dw, kernel.dtype)
 
         return y, gradient

@@ -9,6 +9,7 @@ from ds_train.pretrain import RunResult, pretrain
 from ds_train.quickstart import quickstart, quickstart_config
 from ds_train.schedule import WarmupConstantCosine
 from ds_train.stability import OperandStats, StabilityMetrics
+from ds_train.tracking import Tracker, TrackerCallback, open_tracker
 from ds_train.trainer import Trainer
 
 __all__ = [
@@ -20,12 +21,15 @@ __all__ = [
     "RunResult",
     "StabilityMetrics",
     "StepMetrics",
+    "Tracker",
+    "TrackerCallback",
     "TrainConfig",
     "TrainConfigError",
     "TrainError",
     "Trainer",
     "TrainingMemory",
     "WarmupConstantCosine",
+    "open_tracker",
     "pretrain",
     "quickstart",
     "quickstart_config",

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
+from subprocess import CalledProcessError
 from typing import Annotated
 
 import typer
@@ -24,6 +25,7 @@ from ds_train.config import TrainConfig
 from ds_train.data import read_files
 from ds_train.errors import TrainConfigError, TrainError
 from ds_train.memory import TrainingMemory, training_memory
+from ds_train.new_notebook import new_notebook
 from ds_train.peak import measure_step
 from ds_train.pretrain import RunResult, pretrain
 from ds_train.quickstart import STEPS, quickstart
@@ -114,6 +116,53 @@ def memory_command(
         typer.echo(json.dumps(values, indent=2))
         return
     _show_memory(found, measured, f"{batch} x {length} tokens at a time")
+
+
+@app.command("new-notebook")
+def new_notebook_command(
+    kind: Annotated[
+        str,
+        typer.Argument(
+            help="component: is it right, what does it cost. experiment: a hypothesis, and runs."
+        ),
+    ],
+    name: Annotated[str, typer.Argument(help="As in mla-study; the file's name too.")],
+    folder: Annotated[Path, typer.Option(help="Where it goes.")] = Path(),
+) -> None:
+    """Write a notebook that runs as it is, to change; open it in JupyterLab or VS Code."""
+    with _one_line_errors():
+        path = new_notebook(kind, name, folder)
+    typer.echo(
+        f"{path}\n"
+        "  needs    pip install 'ds-train[notebook]'\n"
+        f"  run      jupytext --to ipynb --execute {path}\n"
+        f"  open     jupyter lab {path}   (right click, open with: Notebook)"
+    )
+
+
+@app.command("restore-environment")
+def restore_environment_command(
+    snapshot: Annotated[Path, typer.Argument(help="An experiment's environment.json.")],
+    folder: Annotated[
+        Path | None, typer.Option(help="Make a virtual environment there with the same packages.")
+    ] = None,
+) -> None:
+    """Say how an experiment's environment differs from this one, or make it again."""
+    with _one_line_errors():
+        # psutil is of the extra `notebook`.
+        try:
+            from ds_train.notebook.environment import Environment  # noqa: PLC0415
+        except ImportError as error:
+            raise TrainError(f"{error}: pip install 'ds-train[notebook]'") from error
+        try:
+            found = Environment.read(snapshot)
+            if folder is None:
+                lines = found.differences(Environment.current())
+                typer.echo("\n".join(lines) or "nothing differs")
+                return
+            typer.echo(str(found.restore(folder)))
+        except (ValueError, CalledProcessError) as error:
+            raise TrainError(str(error)) from error
 
 
 def main() -> None:

@@ -151,6 +151,12 @@ class CheckpointTable(_Table):
     keep: Positive = 2
 
 
+class TrackTable(_Table):
+    """`[track]`: who else hears of the run; see `open_tracker`."""
+
+    tracker: Literal["auto", "none", "tensorboard", "mlflow", "wandb"] = "auto"
+
+
 class TrainConfig(_Table):
     """Everything that decides a training run, beside its text.
 
@@ -163,6 +169,7 @@ class TrainConfig(_Table):
         train: Steps, batch, seed, precision.
         fp8: Rounding, where the precision is FP8.
         checkpoint: How often to save.
+        track: Where metrics go besides `metrics.jsonl`.
     """
 
     model: ModelTable = ModelTable()
@@ -173,6 +180,7 @@ class TrainConfig(_Table):
     train: TrainTable = TrainTable()
     fp8: Fp8Table = Fp8Table()
     checkpoint: CheckpointTable = CheckpointTable()
+    track: TrackTable = TrackTable()
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:

@@ -11,15 +11,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from ds_model import CausalLM, ModelConfig, Tokenizer
 from ds_train.config import TrainConfig
 from ds_train.data import Document, TokenFile, count_bytes, hold_out
+from ds_train.errors import TrainConfigError
 from ds_train.evaluation.report import Report, evaluate
 from ds_train.metrics_log import read_metrics
 from ds_train.prepare import pack, train_tokenizer
 from ds_train.progress import Stages, TrainingProgress
+from ds_train.tracking import Tracker, TrackerCallback, open_tracker
 from ds_train.trainer import Trainer
 from ds_train.writing import WritingSample, write
 
@@ -77,11 +80,32 @@ def pretrain(
 
     Raises:
         TrainError: A `DataError` (no text, other text than before, vocabulary too small), a
-            `CheckpointError` (broken, of another run, disk full), or a loss that is not finite.
+            `CheckpointError` (broken, of another run, disk full), a `TrainConfigError` (the tracker
+            is not installed), or a loss that is not finite.
         ds_model.ConfigError: If the model's fields do not fit.
     """
     out = Path(out)
-    stages = Stages(console or Console(quiet=True), 7)
+    try:
+        tracker = open_tracker(config.track.tracker, out, out.resolve().name)
+    except ValueError as error:
+        raise TrainConfigError(f"[track] {error}") from error
+    try:
+        tracker.params(config.model_dump(mode="json"))
+        stages = Stages(console or Console(quiet=True), 7)
+        return _run(config, documents, out, resume, prompts, stages, tracker)
+    finally:
+        tracker.close()
+
+
+def _run(
+    config: TrainConfig,
+    documents: Sequence[Document],
+    out: Path,
+    resume: bool,
+    prompts: Sequence[str],
+    stages: Stages,
+    tracker: Tracker,
+) -> RunResult:
     training, held_out = hold_out(documents, config.data.held_out)
     vocab_size = config.model.build().vocab_size
     with stages.stage("tokenizer") as stage:
@@ -95,7 +119,8 @@ def pretrain(
         )
     with stages.stage("training") as stage:
         progress = TrainingProgress(stage)
-        trainer = Trainer(config, tokens, out, _model_config(config, tokenizer), [progress])
+        heard = [progress, TrackerCallback(tracker, config.train.log_every)]
+        trainer = Trainer(config, tokens, out, _model_config(config, tokenizer), heard)
         model = trainer.train(resume)
         stage.summary = _training_summary(config, model, tokens)
     context = config.data.sequence_length
@@ -110,7 +135,7 @@ def pretrain(
             stage.summary = f"{report.model:.3f} bits per byte on {report.bytes:,} held-out bytes"
     probe = (held_out or training)[-1].text
     with stages.stage("plots") as stage:
-        plots = _plots(model, tokenizer, out, probe)
+        plots = _plots(model, tokenizer, out, probe, tracker)
         stage.summary = ", ".join(path.name for path in plots) or _NO_PLOTS
     with stages.stage("writing") as stage:
         chosen = prompts or _openings(held_out or training)
@@ -159,25 +184,32 @@ def _checkpoint_key(trainer: Trainer) -> str:
     return hashlib.sha256(raw).hexdigest()
 
 
-def _plots(model: CausalLM, tokenizer: Tokenizer, out: Path, text: str) -> list[Path]:
+def _plots(
+    model: CausalLM, tokenizer: Tokenizer, out: Path, text: str, tracker: Tracker
+) -> list[Path]:
     if find_spec("matplotlib") is None:
         return []
     # matplotlib is an extra: a run without it still trains.
-    from ds_train import plots  # noqa: PLC0415
+    from ds_moe.figures import plot_expert_load, plot_routing  # noqa: PLC0415
+    from ds_train import figures  # noqa: PLC0415
 
     rows = read_metrics(out / "metrics.jsonl")
     folder = out / "plots"
     folder.mkdir(exist_ok=True)
-    figures = {"loss.png": plots.plot_loss(rows)}
-    names = plots.expert_layer_names(model)
-    if names:
-        figures["expert_load.png"] = plots.plot_expert_load(rows, names)
-        figures["routing.png"] = plots.plot_routing(model, tokenizer, text, names)
+    drawn = {"loss.png": figures.plot_loss(rows)}
+    if names := figures.expert_layer_names(model):
+        loads, steps = [row["loads"] for row in rows], [row["step"] for row in rows]
+        drawn["expert_load.png"] = plot_expert_load(loads, steps, names)
+        ids = tokenizer.encode(text)[:40]
+        routings = model.forward(np.asarray([ids], np.int32)).routings
+        words = [tokenizer.decode([token]) for token in ids]
+        drawn["routing.png"] = plot_routing(routings, words, names[: len(routings)])
     if len(looks := read_metrics(out / "stability.jsonl")) > 1:
-        figures["stability.png"] = plots.plot_stability(looks)
-    for name, figure in figures.items():
+        drawn["stability.png"] = figures.plot_stability(looks)
+    for name, figure in drawn.items():
         figure.savefig(folder / name, dpi=120)
-    return [folder / name for name in figures]
+        tracker.figure(name.removesuffix(".png"), figure, rows[-1]["step"])
+    return [folder / name for name in drawn]
 
 
 def _openings(documents: Sequence[Document]) -> list[str]:

@@ -25,7 +25,7 @@ from ds_train.stability import StabilityProbe
 from ds_train.step import StepOutput, TrainStep
 
 # Tables whose values do not change the numbers of a run.
-_FREE_TABLES = ("checkpoint",)
+_FREE_TABLES = ("checkpoint", "track")
 _FREE_KEYS = {
     "train": ("log_every", "recompute", "watch_every", "nonfinite"),
     "data": ("suffixes", "held_out"),

@@ -1,26 +1,48 @@
-"""The three pictures of a run: loss, expert load over time, where each token goes.
+"""Pictures of a run: losses, what rounding does, memory; needs the extra `plot`.
 
-Colours: Okabe and Ito's palette for lines, perceptually even maps for fields; both can be
-told apart without colour vision.
+Of experts see `ds_moe.figures`.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
-from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from ds_model import CausalLM, Tokenizer
+from ds_model import CausalLM
+from ds_precision.figures import PALETTE
+from ds_train.memory import TrainingMemory
 
-_BLUE, _ORANGE, _GREEN = "#0072B2", "#E69F00", "#009E73"
+__all__ = [
+    "expert_layer_names",
+    "plot_loss",
+    "plot_memory",
+    "plot_stability",
+    "plot_training_memory",
+]
+
+_BLUE, _ORANGE, _GREEN = PALETTE["blue"], PALETTE["orange"], PALETTE["green"]
+
+
+class Timeline(Protocol):
+    """What `plot_memory` draws.
+
+    Attributes:
+        seconds: When it was looked, from 0.
+        bytes: What the process held then.
+        before: What it held at first.
+    """
+
+    seconds: Sequence[float]
+    bytes: Sequence[int]
+    before: int
 
 
 def plot_loss(rows: Sequence[dict[str, Any]]) -> Figure:
     """Draw cross-entropies and learning rate over steps.
 
     Args:
-        rows: Of `read_metrics`.
+        rows: The lines of a run's `metrics.jsonl`, each a mapping.
     """
     steps = [row["step"] for row in rows]
     figure = Figure(figsize=(8, 6), layout="constrained")
@@ -46,68 +68,13 @@ def plot_loss(rows: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-def plot_expert_load(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> Figure:
-    """Draw each expert's load over steps, one panel a layer; white is an even share.
-
-    Args:
-        rows: Of `read_metrics`.
-        names: Of the expert layers.
-    """
-    loads_NLE = np.asarray([row["loads"] for row in rows], np.float64)
-    share_NLE = loads_NLE / np.maximum(loads_NLE.mean(axis=-1, keepdims=True), 1e-9)
-    steps = np.asarray([row["step"] for row in rows])
-    figure = Figure(figsize=(8, 1.2 + 1.6 * len(names)), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(len(names), 1, sharex=True))
-    norm = TwoSlopeNorm(vcenter=1.0, vmin=0.0, vmax=max(2.0, float(np.quantile(share_NLE, 0.99))))
-    for layer, (axis, name) in enumerate(zip(axes, names, strict=True)):
-        field = axis.pcolormesh(
-            steps, np.arange(share_NLE.shape[-1]), share_NLE[:, layer].T, cmap="PuOr_r", norm=norm
-        )
-        axis.set_ylabel("expert")
-        axis.set_title(name, loc="left", fontsize="medium")
-    axes[-1].set_xlabel("optimizer step")
-    figure.suptitle("Expert load")
-    figure.colorbar(field, ax=list(axes), label="load / mean load")
-    return figure
-
-
-def plot_routing(model: CausalLM, tokenizer: Tokenizer, text: str, names: Sequence[str]) -> Figure:
-    """Draw which experts each token of a text goes to, one panel a layer of the main model.
-
-    Args:
-        model: With experts.
-        tokenizer: Its tokenizer.
-        text: The first 40 tokens are shown.
-        names: Of the expert layers.
-    """
-    ids = tokenizer.encode(text)[:40]
-    output = model.forward(np.asarray([ids], np.int32))
-    shown = list(zip(output.routings, names, strict=False))
-    experts = output.routings[0].scores.shape[-1]
-    figure = Figure(figsize=(11, 1.5 + 0.13 * experts * len(shown)), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(len(shown), 1, sharex=True))
-    for axis, (routing, name) in zip(axes, shown, strict=True):
-        gates_ET = np.full((experts, len(ids)), np.nan)
-        columns = np.arange(len(ids))[:, None]
-        gates_ET[routing.indices.numpy(), columns] = routing.gates.numpy()
-        field = axis.imshow(gates_ET, aspect="auto", cmap="viridis", vmin=0, origin="lower")
-        axis.set_ylabel("expert")
-        axis.set_title(name, loc="left", fontsize="medium")
-    words = [tokenizer.decode([token]).replace("\n", "\\n").replace("$", r"\$") for token in ids]
-    axes[-1].set_xticks(range(len(ids)), words, rotation=90, fontsize="small")
-    axes[-1].set_xlabel("token, in order")
-    figure.suptitle("Routing: the experts that each token goes to (blank: not chosen)")
-    figure.colorbar(field, ax=list(axes), label="gate (weight of the expert's output)")
-    return figure
-
-
 def plot_stability(rows: Sequence[dict[str, Any]]) -> Figure:
     """Draw what rounding does over steps, and each layer's gradient norm.
 
     Operands are drawn by kind, the worst of each at every look: inputs, weights, gradients.
 
     Args:
-        rows: Of `read_metrics`, from `stability.jsonl`.
+        rows: The lines of a run's `stability.jsonl`, each a mapping.
     """
     steps = [row["step"] for row in rows]
     has_operands = any(row["operands"] for row in rows)
@@ -154,6 +121,70 @@ def plot_stability(rows: Sequence[dict[str, Any]]) -> Figure:
     axes[-1].set_title("Gradient norm of each layer", fontsize="medium")
     figure.colorbar(field, ax=axes[-1], label="log10 of the norm")
     return figure
+
+
+def plot_memory(timelines: Mapping[str, Timeline]) -> Figure:
+    """Draw what a process holds over time, beyond what it held before.
+
+    Args:
+        timelines: Of `ds_train.notebook.memory_profile`, by the name to show.
+    """
+    figure = Figure(figsize=(7.5, 3.6), layout="constrained")
+    axis = figure.subplots()
+    for (name, line), colour in zip(timelines.items(), PALETTE.values(), strict=False):
+        held = (np.asarray(line.bytes, np.float64) - line.before) / 2**20
+        axis.plot(line.seconds, held, color=colour, label=f"{name}: peak {held.max():,.0f} MiB")
+        axis.fill_between(line.seconds, held, color=colour, alpha=0.15, linewidth=0)
+    axis.set_xlabel("time [s]")
+    axis.set_ylabel("held beyond the start [MiB]")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    return figure
+
+
+def plot_training_memory(memory: TrainingMemory | Mapping[str, TrainingMemory]) -> Figure:
+    """Draw what a training step holds, part by part, in closed form.
+
+    Args:
+        memory: Of `training_memory`; or several, by the name to show.
+    """
+    named = memory if isinstance(memory, Mapping) else {"a training step": memory}
+    unit, divisor = _unit(max(found.peak for found in named.values()))
+    figure = Figure(figsize=(8, 1.8 + 0.7 * len(named)), layout="constrained")
+    axis = figure.subplots()
+    for row, found in enumerate(named.values()):
+        parts = {
+            "weights": found.parameters,
+            "moments": found.moments,
+            "gradients": found.gradients,
+            "activations": sum(found.activations.values()),
+            "logits": found.logits,
+            "scratch": found.scratch,
+        }
+        left = 0.0
+        for (part, size), colour in zip(parts.items(), PALETTE.values(), strict=False):
+            width = size / divisor
+            axis.barh(
+                row, width, left=left, color=colour, height=0.6, label=part if row == 0 else None
+            )
+            left += width
+        peak = found.peak / divisor
+        axis.plot([peak, peak], [row - 0.4, row + 0.4], color="black", linewidth=2)
+        axis.text(peak, row - 0.43, f" peak {peak:,.1f}", va="bottom", fontsize="small")
+    axis.set_yticks(range(len(named)), list(named))
+    axis.invert_yaxis()
+    axis.set_xlabel(f"{unit}; not all of it is held at once: the line is the most that is")
+    axis.legend(
+        frameon=False, ncols=6, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1)
+    )
+    return figure
+
+
+def _unit(size: int) -> tuple[str, float]:
+    for unit, divisor in (("TiB", 2.0**40), ("GiB", 2.0**30)):
+        if size >= 2 * divisor:
+            return unit, divisor
+    return "MiB", 2.0**20
 
 
 def expert_layer_names(model: CausalLM) -> list[str]:

@@ -3,15 +3,16 @@
 import numpy as np
 import pytest
 
-from ds_model import Tokenizer
-from ds_train.metrics_log import read_metrics
-from ds_train.plots import (
+from ds_train import training_memory
+from ds_train.figures import (
     expert_layer_names,
-    plot_expert_load,
     plot_loss,
-    plot_routing,
+    plot_memory,
     plot_stability,
+    plot_training_memory,
 )
+from ds_train.metrics_log import read_metrics
+from ds_train.notebook import MemoryProfile
 
 
 @pytest.fixture(scope="module")
@@ -29,27 +30,27 @@ def test_loss_curves_are_the_logged_ones(rows):
     assert lower.get_xlabel() == "optimizer step"
 
 
-def test_expert_load_is_in_shares_of_the_mean(finished, rows):
-    names = expert_layer_names(finished.trainer.model)
-    assert names == ["layer 1", "MTP module 1"]
-    *panels, scale = plot_expert_load(rows, names).axes
-    shares = panels[0].collections[0].get_array()  # [experts, steps]
-    np.testing.assert_allclose(np.asarray(shares).mean(axis=0), 1.0)
-    last = np.asarray(rows[-1]["loads"][0])
-    np.testing.assert_allclose(shares[:, -1], last / last.mean())
-    assert scale.get_ylabel() == "load / mean load"
+def test_expert_layers_are_named(finished):
+    assert expert_layer_names(finished.trainer.model) == ["layer 1", "MTP module 1"]
 
 
-def test_routing_shows_as_many_experts_as_a_token_has(finished):
-    model = finished.trainer.model
-    tokenizer = Tokenizer.train(["one two three"], 264)
-    figure = plot_routing(model, tokenizer, "one two", expert_layer_names(model))
-    panel = figure.axes[0]
-    gates = panel.images[0].get_array().filled(np.nan)
-    assert [text.get_text() for text in panel.get_xticklabels()] == list("one two")
-    np.testing.assert_array_equal(np.isfinite(gates).sum(axis=0), 2)
-    # Gates of a token are normalised and scaled by 2.5 (`routed_scaling_factor`).
-    np.testing.assert_allclose(np.nansum(gates, axis=0), 2.5, rtol=1e-5)
+def test_memory_is_drawn_beyond_the_start():
+    line = MemoryProfile(2**20, 4 * 2**20, (0.0, 0.5), (2**20, 4 * 2**20))
+    (axis,) = plot_memory({"a step": line}).axes
+    (drawn,) = axis.get_lines()
+    assert list(drawn.get_xdata()) == [0.0, 0.5]
+    assert list(drawn.get_ydata()) == [0.0, 3.0]
+    assert drawn.get_label() == "a step: peak 3 MiB"
+
+
+def test_parts_of_a_steps_memory_are_those_of_the_closed_form(finished):
+    found = training_memory(finished.trainer.model.config, 2, 16)
+    (axis,) = plot_training_memory({"tiny": found, "again": found}).axes
+    widths = [bar.get_width() * 2**20 for bar in axis.patches[:6]]
+    activations = sum(found.activations.values())
+    parts = [found.parameters, found.moments, found.gradients, activations]
+    np.testing.assert_allclose(widths, [*parts, found.logits, found.scratch])
+    assert axis.get_lines()[0].get_xdata()[0] * 2**20 == pytest.approx(found.peak)
 
 
 def look(step, **underflow):
