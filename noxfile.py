@@ -39,6 +39,7 @@ PROJECTS = {
 }
 BUILT: dict[str, Path] = {}  # the wheels that this nox run has built
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "2"}
+TESTED = {**QUIET, "DS_PRECISION_KERNELS": "on"}  # compiled operations, where they are slower too
 TESTED_EXTRAS = ("plot", "tensorboard", "mlflow", "wandb", "notebook")  # all but `gpu`
 COVERAGE = 90  # per cent of each package's lines and branches, by its own tests alone
 
@@ -166,7 +167,7 @@ def parity(session: nox.Session) -> None:
     """Compare the model with transformers on torch: logits, gradients, text, training."""
     install_peer(session)
     install_wheels(session, "ds-model", "ds-train[plot]")
-    session.run("pytest", "-q", "parity", *report("parity"), *session.posargs, env=QUIET)
+    session.run("pytest", "-q", "parity", *report("parity"), *session.posargs, env=TESTED)
     if not session.posargs:  # once more on stock operations, where nothing is compiled
         stock = [f"parity/test_{name}.py" for name in ("forward", "gradients", "plants")]
         session.run("pytest", "-q", *stock, env={**QUIET, "DS_PRECISION_KERNELS": "off"})
@@ -177,6 +178,7 @@ def docs(session: nox.Session) -> None:
     """Execute the notebooks, build the site strictly into build/site, run every example in it."""
     install_docs(session)
     session.run("python", "tools/notebooks.py", "run", env=QUIET)
+    session.run("pytest", "-q", "tools/tests/test_pages.py", env=QUIET)
     session.run("mkdocs", "build", "--strict", "--quiet", env={"NO_MKDOCS_2_WARNING": "1"})
     pages = ["README.md", "docs", *(f"packages/{name}/README.md" for name in PROJECTS)]
     session.run("pytest", "-q", "--markdown-docs", *pages, *session.posargs, env=QUIET)
@@ -366,7 +368,7 @@ def run_tests(
         f"--cov-fail-under={COVERAGE}",
     ]
     found = () if oldest else (*coverage, *report(f"tests({package})"))
-    session.run("pytest", "-q", *found, *session.posargs, env=QUIET)
+    session.run("pytest", "-q", *found, *session.posargs, env=TESTED)
 
 
 def report(name: str) -> tuple[str, ...]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import interfaces
+import notebooks
 from workspace import git
 
 PROJECT = """\
@@ -91,3 +93,45 @@ def lower(repo: Path) -> Path:
 def upper(repo: Path) -> Path:
     """Return the upper package's one source file."""
     return repo / "packages" / "ds-upper" / "src" / "ds_upper" / "__init__.py"
+
+
+HEADER = """\
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   ds:
+#     title: "A try"
+#     minutes: {minutes}
+#     reading: 5
+# ---
+
+# %% [markdown]
+# # A try
+
+# %%
+"""
+
+
+@pytest.fixture
+def write_notebook(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., notebooks.Source]:
+    """Return a function that writes a notebook of one cell in a folder of its own."""
+    monkeypatch.setattr(notebooks, "SOURCES", tmp_path / "sources")
+    monkeypatch.setattr(notebooks, "BUILT", tmp_path / "built")
+    monkeypatch.setattr(notebooks, "ROOT", tmp_path)
+    # The kernel verifies with a stand-in: TensorFlow takes seconds to import.
+    monkeypatch.setattr(
+        notebooks, "VERIFY", "import json\nprint(json.dumps(globals().get('wrong', [])))"
+    )
+
+    def written(code: str, minutes: float = 1) -> notebooks.Source:
+        path = tmp_path / "sources" / "group" / "try.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(HEADER.format(minutes=minutes) + code)
+        return notebooks.Source.read(path)
+
+    return written

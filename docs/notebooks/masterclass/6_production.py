@@ -10,7 +10,7 @@
 #     name: python3
 #   ds:
 #     title: "6 · Production"
-#     minutes: 2
+#     minutes: 1.5
 #     reading: 30
 # ---
 

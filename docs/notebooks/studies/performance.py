@@ -295,9 +295,8 @@ table(
 
 # %% [markdown]
 # Where criteria 2 and 3 are not met, the table of parts says where to look, and the line about
-# compiled operations what ran. They are written for wide vector units; on a processor without them,
-# set `DS_PRECISION_KERNELS=off` before the kernel starts and run this page again: stock TensorFlow
-# may be the faster of the two.
+# compiled operations what ran: they are written for AVX-512, and processors without it take stock
+# TensorFlow's, which are faster there.
 #
 # ## What to try next
 #

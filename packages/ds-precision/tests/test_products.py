@@ -14,9 +14,7 @@ from hypothesis import strategies as st
 from ds_precision import fused_attention, fused_experts, matmul, use_kernels
 from ds_precision.kernels import kernels
 
-pytestmark = pytest.mark.skipif(
-    kernels() is None, reason="no C++ compiler here, so there are no compiled products to test"
-)
+pytestmark = pytest.mark.skipif(kernels() is None, reason="no compiled operations here")
 few = settings(deadline=None, max_examples=25)
 types = st.sampled_from([tf.float32, tf.bfloat16])
 seeds = st.integers(0, 2**31)

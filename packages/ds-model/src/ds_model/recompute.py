@@ -14,6 +14,7 @@ from ds_model.block import DecoderBlock, MTPModule, Window
 from ds_moe import Routing
 
 Recompute = Literal["none", "block"]
+"""What runs again in the backward pass: nothing, or each block (arXiv 1604.06174)."""
 
 
 def check_recompute(policy: str) -> None:

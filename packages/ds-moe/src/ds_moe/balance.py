@@ -72,6 +72,13 @@ def sequence_balance_loss(scores: tf.Tensor, indices: tf.Tensor, batch_size: int
 
 
 def max_violation(load: tf.Tensor) -> tf.Tensor:
-    """Return MaxVio, `max(load) / mean(load) - 1` (arXiv 2408.15664, eq. 4), over the last axis."""
+    """Return MaxVio, `max(load) / mean(load) - 1` (arXiv 2408.15664, eq. 4).
+
+    Args:
+        load: `[..., E]` float32, tokens.
+
+    Returns:
+        `[...]` float32; 0 where all experts got the same.
+    """
     mean = tf.reduce_mean(load, axis=-1)
     return tf.math.divide_no_nan(tf.reduce_max(load, axis=-1), mean) - 1

@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ds_moe.router import Routing
 
@@ -48,7 +49,7 @@ def plot_routing(
     """Draw which experts each token of one sequence goes to, one panel a layer.
 
     Args:
-        routings: Of each expert layer; the first `len(words)` tokens are shown.
+        routings: Of each expert layer, `indices [T, K]`; the first `len(words)` tokens are shown.
         words: What each token is.
         names: Of the layers.
     """
@@ -63,6 +64,7 @@ def plot_routing(
         gates_ET[np.asarray(routing.indices)[:count], columns] = np.asarray(routing.gates)[:count]
         field = axis.imshow(gates_ET, aspect="auto", cmap="viridis", vmin=0, origin="lower")
         axis.set_ylabel("expert")
+        axis.yaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_title(name, loc="left", fontsize="medium")
     shown = [word.replace("\n", "\\n").replace("$", r"\$") for word in words]
     axes[-1].set_xticks(range(count), shown, rotation=90, fontsize="small")
@@ -76,7 +78,7 @@ def plot_flow(routings: Sequence[Routing], names: Sequence[str] | None = None) -
     """Draw how tokens move from their best expert in one layer to their best in the next.
 
     Args:
-        routings: Of two or more expert layers, of the same tokens.
+        routings: Of two or more expert layers, of the same tokens: `indices [T, K]`.
         names: Of the layers.
 
     Returns:

@@ -14,7 +14,11 @@ TYPES = (tf.float32, tf.bfloat16)
 def use_kernels(*tensors: tf.Tensor) -> bool:
     """Say whether the compiled products serve these operands where this is traced.
 
-    They do for float32 and bfloat16 on a CPU, outside XLA, where they could be compiled.
+    They do for float32 and bfloat16 on a CPU, outside XLA, where they could be compiled and the
+    processor has AVX-512 (or `DS_PRECISION_KERNELS=on`).
+
+    Args:
+        tensors: of any shape.
     """
     return (
         all(tensor.dtype in TYPES for tensor in tensors)

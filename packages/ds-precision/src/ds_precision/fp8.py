@@ -103,7 +103,7 @@ class Fp8Recipe:
         return self._small(weight, (self.tile, self.tile), E4M3, seen_as)
 
     def read(self, small: BlockScaled, dtype: tf.DType) -> tf.Tensor:
-        """Return an operand of a product whose result is to be of `dtype`."""
+        """Return an operand, `[..., R, C]`, of a product whose result is to be of `dtype`."""
         return dequantize_blocks(small, self._read_as(dtype))
 
     def product(
@@ -139,7 +139,11 @@ class Fp8Recipe:
         return self.times_transposed(left, right) if transpose_b else self.times(left, right)
 
     def multiplies_bits(self, *operands: BlockScaled) -> bool:
-        """Say whether numbers are multiplied in 8 bits: under XLA, on a GPU, sums in float32."""
+        """Say whether numbers are multiplied in 8 bits: under XLA, on a GPU, sums in float32.
+
+        Args:
+            operands: of any shape.
+        """
         return (
             all(small.values.dtype in _EIGHT_BITS for small in operands)
             and not self.accumulator_bits

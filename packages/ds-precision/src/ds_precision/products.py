@@ -1,5 +1,7 @@
 """Matrix products by the compiled kernels: what they compute, and their gradients.
 
+Experts are those of arXiv 2412.19437, eq. 12, attention that of eq. 10.
+
 Letters: T tokens, D hidden_size, I moe_intermediate_size, E experts, K experts a token.
 """
 

@@ -1,4 +1,4 @@
-"""Choosing experts by the compiled operation, and its gradient.
+"""Choosing experts by the compiled operation (arXiv 2412.19437, eq. 13-16), and its gradient.
 
 Letters: T tokens, E experts, K experts a token.
 """

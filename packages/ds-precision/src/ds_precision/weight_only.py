@@ -23,6 +23,8 @@ from ds_precision.block_scaling import BlockScaled, dequantize_blocks, quantize_
 ROWS = 32  # under one scale, and a multiple of it in "int8_channel"
 BLOCK = (128, 128)
 MODES = ("int8", "int8_channel", "int4", "fp8")
+"""How weights can be made small: whole numbers with a scale for 32 inputs of an output (llama.cpp's
+Q8_0 and Q4_0) or for an output, and E4M3 by blocks of 128 (DeepSeek's released files)."""
 _ZERO = 8  # what stands for 0 in 4 bits
 # Of the scale that reaches the largest number: a smaller one costs that number, helps the others.
 _SHARES = (1.0, 0.95, 0.9, 0.85)
@@ -153,7 +155,7 @@ def replace_weights(
     Args:
         layer: whose weight it is; built.
         name: of the attribute.
-        weights: what to put there.
+        weights: what to put there, of `[..., in, out]`.
 
     Returns:
         Two new weights of the layer, which do not train.

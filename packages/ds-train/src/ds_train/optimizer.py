@@ -98,7 +98,7 @@ class AdamW(keras.optimizers.Optimizer):
         repeats must be added before they are squared into the second moment.
 
         Args:
-            grads: One a variable.
+            grads: One a variable, each with the shape of it.
             trainable_variables: Those that the optimizer was built with, if not given.
             scale: What all gradients are multiplied by first, to clip them for example.
         """
@@ -134,7 +134,7 @@ class AdamW(keras.optimizers.Optimizer):
     def update_step(
         self, gradient: tf.Tensor, variable: tf.Variable, learning_rate: _Scalars
     ) -> None:
-        """Update one variable and its moments."""
+        """Update one variable and its moments; the gradient has the shape of the variable."""
         index = self._get_variable_index(variable)
         moments = self.momentums[index].value.handle, self.velocities[index].value.handle
         decays = self.weight_decay and self._use_weight_decay(variable)
