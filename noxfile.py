@@ -195,6 +195,17 @@ def docs_serve(session: nox.Session) -> None:
     session.run("mkdocs", "serve", *session.posargs, env=draft)
 
 
+@nox.session(name="docs-publish")
+def docs_publish(session: nox.Session) -> None:
+    """Put the site on the branch gh-pages as a version: `-- dev`, or `-- --push 0.2 latest`."""
+    if not session.posargs:
+        session.error("name a version: nox -s docs-publish -- dev")
+    install_docs(session)
+    session.install("-q", "mike>=2.1,<3")
+    session.run("python", "tools/notebooks.py", "run", env=QUIET)
+    session.run("mike", "deploy", *session.posargs, env={"NO_MKDOCS_2_WARNING": "1"})
+
+
 @nox.session
 def notebooks(session: nox.Session) -> None:
     """Execute the notebooks that changed; `-- --force` for all, `-- PATH` for one."""
