@@ -2,8 +2,9 @@
 
 Sources are jupytext's percent files under docs/notebooks/. Executed ones, with their outputs, go to
 build/notebooks/ and are never committed; the site is made of them. A notebook fails if a cell does,
-if it takes longer than the minutes in its header, or if one of its quizzes or exercises is wrong:
-an option that earns the wrong word, a solution that fails its check, a known mistake that passes.
+if it takes twice the minutes in its header (once over is said, since machines have slow hours), or
+if one of its quizzes or exercises is wrong: an option that earns the wrong word, a solution that
+fails its check, a known mistake that passes.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def execute(source: Source, *, limit: bool = True) -> float:
 
     Args:
         source: Which.
-        limit: Whether the minutes in its header bound it.
+        limit: Whether twice the minutes in its header bound it.
 
     Returns:
         Seconds that it took.
@@ -124,7 +125,7 @@ def execute(source: Source, *, limit: bool = True) -> float:
     folder.mkdir(parents=True, exist_ok=True)
     client = NotebookClient(
         notebook,
-        timeout=int(60 * source.minutes * (1 if limit else 20)),
+        timeout=int(60 * source.minutes * (2 if limit else 20)),
         kernel_name="python3",
         resources={"metadata": {"path": str(folder)}},
     )
@@ -132,7 +133,8 @@ def execute(source: Source, *, limit: bool = True) -> float:
     try:
         client.execute()
     except CellTimeoutError as error:
-        raise NotebookError(f"{source.path}: a cell took {source.minutes} minutes") from error
+        said = f"a cell took more than twice its {source.minutes} minutes"
+        raise NotebookError(f"{source.path}: {said}") from error
     except CellExecutionError as error:
         raise NotebookError(f"{source.path}:\n{error}") from error
     seconds = time.perf_counter() - begin
@@ -140,7 +142,7 @@ def execute(source: Source, *, limit: bool = True) -> float:
     wrong = json.loads("".join(o.get("text", "") for o in checks.outputs if o.name == "stdout"))
     if wrong:
         raise NotebookError("\n".join(f"{source.path}: {line}" for line in wrong))
-    if limit and seconds > 60 * source.minutes:
+    if limit and seconds > 2 * 60 * source.minutes:
         raise NotebookError(
             f"{source.path}: took {seconds / 60:.1f} minutes; its header says {source.minutes}"
         )
@@ -181,7 +183,8 @@ def run(chosen: Sequence[Source], *, force: bool, limit: bool) -> int:
             failed.append(source)
             print(f"FAILED\n{error}", flush=True)
         else:
-            print(f"{seconds:.0f} s (at most {60 * source.minutes:.0f})", flush=True)
+            over = ": OVER" if seconds > 60 * source.minutes else ""
+            print(f"{seconds:.0f} s (stated {60 * source.minutes:.0f}){over}", flush=True)
     if failed:
         print(f"{len(failed)} of {len(chosen)} notebooks failed", flush=True)
     return int(bool(failed))

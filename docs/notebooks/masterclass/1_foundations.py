@@ -10,7 +10,7 @@
 #     name: python3
 #   ds:
 #     title: "1 · Foundations"
-#     minutes: 0.7
+#     minutes: 0.8
 #     reading: 30
 # ---
 

@@ -10,7 +10,7 @@
 #     name: python3
 #   ds:
 #     title: "3 · Mixture of experts"
-#     minutes: 2
+#     minutes: 1.8
 #     reading: 45
 # ---
 

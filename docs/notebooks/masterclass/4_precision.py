@@ -10,7 +10,7 @@
 #     name: python3
 #   ds:
 #     title: "4 · Mixed precision"
-#     minutes: 1.2
+#     minutes: 1.3
 #     reading: 30
 # ---
 

@@ -10,7 +10,7 @@
 #     name: python3
 #   ds:
 #     title: "5 · Integration"
-#     minutes: 3
+#     minutes: 2.8
 #     reading: 45
 # ---
 

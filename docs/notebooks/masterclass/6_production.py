@@ -10,7 +10,7 @@
 #     name: python3
 #   ds:
 #     title: "6 · Production"
-#     minutes: 1.5
+#     minutes: 1.8
 #     reading: 30
 # ---
 

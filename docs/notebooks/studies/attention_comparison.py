@@ -10,7 +10,7 @@
 #     name: python3
 #   ds:
 #     title: "Study: four kinds of attention"
-#     minutes: 0.7
+#     minutes: 1
 #     reading: 10
 # ---
 

@@ -10,7 +10,7 @@
 #     name: python3
 #   ds:
 #     title: "Study: the FP8 product as a component"
-#     minutes: 0.7
+#     minutes: 1
 #     reading: 10
 # ---
 

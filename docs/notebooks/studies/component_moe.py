@@ -10,7 +10,7 @@
 #     name: python3
 #   ds:
 #     title: "Study: mixture of experts as a component"
-#     minutes: 0.7
+#     minutes: 1
 #     reading: 10
 # ---
 

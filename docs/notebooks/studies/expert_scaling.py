@@ -10,7 +10,7 @@
 #     name: python3
 #   ds:
 #     title: "Study: how the number of experts scales"
-#     minutes: 0.7
+#     minutes: 1
 #     reading: 10
 # ---
 
