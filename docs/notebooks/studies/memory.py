@@ -10,7 +10,7 @@
 #     name: python3
 #   ds:
 #     title: "Study: memory of training and of the cache"
-#     minutes: 1
+#     minutes: 1.5
 #     reading: 10
 # ---
 
