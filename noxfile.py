@@ -403,10 +403,11 @@ def install_test_tools(session: nox.Session, package: str) -> None:
 
 
 def install_peer(session: nox.Session) -> None:
-    """Install torch with pip, then transformers."""
+    """Install torch and what stands on it with pip, then transformers."""
     # uv and Poetry would fetch torch's CUDA build, three gigabytes, where pip can be given one for
-    # the CPU. So torch is in no dependency group and in no lock.
-    session.install("-q", "--prefer-binary", "torch==2.13.0")
+    # the CPU. So torch, and what needs it, is in no dependency group and in no lock.
+    torch = ("torch==2.13.0", "accelerate>=1", "compressed-tensors>=0.20,<0.21")
+    session.install("-q", "--prefer-binary", *torch)  # without accelerate no FP8 is opened
     here = ("--python", python_of(session), "--group", "parity")
     session.run(*UV, "pip", "install", "-q", *here, external=True)
 

@@ -23,13 +23,20 @@ def test_the_lock_holds_what_a_package_declares(name):
     assert Version(LOCKED[name]["version"]) == package.version, ADVICE
     declared = {requirement.name: requirement.specifier for requirement in package.requirements}
     locked = {
-        key: SpecifierSet(value if isinstance(value, str) else value["version"])
+        key: SpecifierSet(entry["version"])
         for key, value in LOCKED[name]["dependencies"].items()
-        if isinstance(value, str) or not value.get("optional")  # an extra's
+        for entry in entries(value)
+        if not entry.get("optional")  # an extra's
     }
     assert locked == declared, ADVICE
     for dependency, specifier in declared.items():
         assert specifier.contains(Version(LOCKED[dependency]["version"])), ADVICE
+
+
+def entries(value: str | dict | list) -> list[dict]:
+    """Return what the lock says of a dependency: a version, a table, or one for each extra."""
+    found = value if isinstance(value, list) else [value]
+    return [{"version": entry} if isinstance(entry, str) else entry for entry in found]
 
 
 def test_the_lock_names_no_host_and_no_torch():
