@@ -11,7 +11,12 @@ import sys
 from bench.protocol import private_stdout, serve
 answers = private_stdout()
 print("noise on stdout")
-serve({"echo": lambda word: word, "end": lambda: sys.exit("no such thing")}, sys.stdin, answers)
+tasks = {
+    "echo": lambda word: word,
+    "sum": lambda n: sum(range(n)),
+    "end": lambda: sys.exit("no such thing"),
+}
+serve(tasks, sys.stdin, answers)
 """
 
 
@@ -34,7 +39,7 @@ def test_a_worker_that_ends_says_its_last_words(worker):
 
 
 def test_a_worker_is_a_session_whose_time_can_be_read(worker):
-    worker.ask("echo", word="awake")
+    worker.ask("sum", n=5_000_000)  # some ticks of the clock, which are 10 ms
     assert os.getsid(worker.session) == worker.session
     assert session_seconds([worker.session]) > 0
     worker.close()
