@@ -8,6 +8,10 @@ import pytest
 import tensorflow as tf
 
 from ds_train import TrainConfig, Trainer
+from ds_train.data import write_token_file
+from ds_train.metrics_log import read_metrics
+from ds_train.parallel.launch import launch
+from ds_train.parallel.worker import RankRun
 
 # Two devices on one machine, for the test of replicas; must come before TensorFlow starts.
 tf.config.set_logical_device_configuration(
@@ -28,6 +32,10 @@ MODEL = {
     "n_group": 2,
     "topk_group": 1,
 }
+
+
+# What of it else is set so that it can be cut apart: stages for four ranks, experts for four.
+CUT = {"num_hidden_layers": 4, "n_routed_experts": 8, "n_group": 4, "topk_group": 2}
 
 
 def tables(**changes):
@@ -66,3 +74,25 @@ def finished(tmp_path_factory):
     trainer = Trainer(TrainConfig.from_dict(tables()), tokens(), out)
     trainer.train()
     return Run(trainer, out)
+
+
+@pytest.fixture(scope="session")
+def token_file(tmp_path_factory):
+    """Return a token file of 3,000 ids, for runs of several processes."""
+    folder = tmp_path_factory.mktemp("tokens")
+    return write_token_file(folder, [tokens(3000).tolist()], 300, None, None)
+
+
+def start(config, token_file, out, report=lambda *_: None, say=lambda _: None):
+    """Train on as many processes as the configuration has ranks."""
+    launch(RankRun(config, config.model.build(), token_file.path, out, True), report, say)
+
+
+def losses(out):
+    """Return the loss of each step."""
+    return np.array([row["loss"] for row in read_metrics(out / "metrics.jsonl")])
+
+
+def weights(trainer):
+    """Return a whole model's weights by name."""
+    return {weight.path.split("/", 1)[1]: weight.numpy() for weight in trainer.model.weights}

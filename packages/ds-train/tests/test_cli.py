@@ -1,6 +1,8 @@
 """The command line on real text: a whole run, run again, and what it refuses."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -10,6 +12,7 @@ from ds_model import CausalLM, Tokenizer
 from ds_train import TrainConfig, quickstart_config, training_memory
 from ds_train.cli import app
 from ds_train.data import state_of_the_union
+from ds_train.parallel.launch import _environments
 
 runner = CliRunner()
 CONFIG = f"""
@@ -134,6 +137,63 @@ def test_the_printed_config_is_valid_and_complete(tmp_path):
         assert f"[{table}]" in result.stdout
         for key in values:
             assert f"\n{key} = " in result.stdout
+
+
+def test_a_schedule_is_shown_with_what_the_paper_says_of_it(tmp_path):
+    arguments = ["schedule", "--pp", "8", "--microbatches", "20", "--plot", str(tmp_path / "a.png")]
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert len(lines[:8]) == 8
+    assert lines[0].startswith("  0 0123456")
+    assert lines[8] == "66 in all, idle at most 6 (9.1%); the paper's formula gives 6"
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    bad = runner.invoke(app, ["schedule", "--pp", "3"])
+    assert bad.exit_code == 2
+    assert "both must be even" in bad.stderr
+
+
+def test_launch_wants_as_many_processes_as_ranks(run):
+    root, _ = run
+    arguments = ["launch", "--config", root / "train.toml", "--data", root / "data", "--nproc", "3"]
+    result = runner.invoke(app, [*map(str, arguments), "--dp", "2", "--out", str(root / "many")])
+    assert result.exit_code == 2
+    assert "--nproc is 3; pp x ep x dp is 1 x 1 x 2 = 2" in result.stderr
+
+
+@pytest.mark.ranks
+def test_launch_trains_on_ranks_and_ends_as_one_process_does(run):
+    root, _ = run
+    arguments = ["launch", "--config", root / "train.toml", "--data", root / "data", "--nproc", "2"]
+    arguments += ["--pp", "2", "--out", root / "many"]
+    result = runner.invoke(app, [*map(str, arguments), "--json"])
+    assert result.exit_code == 0, result.output
+    assert "pipeline 1 of 2" in result.stderr
+    found = json.loads(result.stdout)["report"]
+    alone = json.loads((root / "out" / "report.json").read_text())
+    assert found["model"] == pytest.approx(alone["model"], rel=1e-4)
+    assert (root / "many" / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.ranks
+def test_a_scheduler_starts_the_command_once_a_rank(run):
+    root, _ = run
+    words = ["launch", "--config", root / "train.toml", "--data", root / "data", "--dp", "2"]
+    command = [sys.executable, "-c", "from ds_train.cli import main; main()", *map(str, words)]
+    processes = [
+        subprocess.Popen(  # noqa: S603 - ourselves
+            [*command, "--out", str(root / "scheduled")],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for environment in _environments(2)
+    ]
+    said = [process.communicate(timeout=180)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    for rank, output in enumerate(said):
+        assert f"rank {rank} of 2" in output
+    assert (root / "scheduled" / "checkpoints" / "step-00000030").exists()
 
 
 def test_the_quickstart_refuses_a_bad_step_count():

@@ -8,11 +8,13 @@ from ds_train.figures import (
     expert_layer_names,
     plot_loss,
     plot_memory,
+    plot_schedule,
     plot_stability,
     plot_training_memory,
 )
 from ds_train.metrics_log import read_metrics
 from ds_train.notebook import MemoryProfile
+from ds_train.parallel import Costs, Timetable, make_schedule
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +80,13 @@ def test_stability_shows_the_worst_operand_of_each_kind_and_each_layers_norm():
 
 def test_stability_without_fp8_is_the_norms_alone():
     assert len(plot_stability([look(1), look(2)]).axes) == 2
+
+
+def test_a_schedule_is_drawn_as_it_is_timed():
+    schedule = make_schedule("dualpipe", 4, 8)
+    timetable = Timetable.of(schedule, Costs())
+    (axis,) = plot_schedule(schedule, timetable).axes
+    spans = [path for bars in axis.collections for path in bars.get_paths()]
+    assert len(spans) == sum(len(slot) for slots in schedule.ranks for slot in slots)
+    assert axis.get_xlim() == (0, timetable.length)
+    assert axis.get_title() == f"dualpipe: 8 micro-batches, {2 / timetable.length:.1%} idle"

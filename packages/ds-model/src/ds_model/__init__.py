@@ -5,6 +5,7 @@ from ds_model.config import ModelConfig
 from ds_model.errors import CheckpointError, ConfigError, TokenizerError
 from ds_model.generate import GenerationStats
 from ds_model.parameters import parameter_counts
+from ds_model.part import ModelPart
 from ds_model.recompute import Recompute
 from ds_model.tokenizer import Tokenizer
 
@@ -15,6 +16,7 @@ __all__ = [
     "GenerationStats",
     "ModelConfig",
     "ModelOutput",
+    "ModelPart",
     "Recompute",
     "Tokenizer",
     "TokenizerError",

@@ -6,7 +6,7 @@ E experts, k MTP depth.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -23,6 +23,7 @@ from ds_model.checkpoint.small import STORED, small_form
 from ds_model.config import ModelConfig
 from ds_model.fit import training_step
 from ds_model.generate import GenerationStats, Generator
+from ds_model.part import ModelPart
 from ds_model.recompute import Recompute, check_recompute, run_block
 from ds_moe import MixtureOfExperts, Routing
 from ds_precision import (
@@ -65,6 +66,9 @@ class CausalLM(keras.Model):
         config: sizes and rules; the mapping that `ModelConfig.to_dict` returns is accepted too.
         bias_update_speed: gamma of the loss-free balancing that `fit` does after each
             optimizer step [0.001]; 0 leaves the biases alone.
+        part: which layers have their weights here, where machines share a model; all if `None`.
+            They are drawn as in the whole model. A part offers `run_blocks` and `finish`, and none
+            of what needs the whole: calls, text, files.
         **kwargs: of `keras.Model` (name, dtype policy).
     """
 
@@ -72,6 +76,7 @@ class CausalLM(keras.Model):
         self,
         config: ModelConfig | dict[str, Any],
         bias_update_speed: float = 0.001,
+        part: ModelPart | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -79,6 +84,7 @@ class CausalLM(keras.Model):
         self.config = config if isinstance(config, ModelConfig) else ModelConfig.from_dict(config)
         self.bias_update_speed = bias_update_speed
         c, policy = self.config, self.dtype_policy
+        self._part = part or ModelPart(tuple(range(c.num_hidden_layers)))
         self.embed_tokens = keras.layers.Embedding(
             c.vocab_size,
             c.hidden_size,
@@ -102,22 +108,37 @@ class CausalLM(keras.Model):
         self.mtp = [
             MTPModule(c, dtype=policy, name=f"mtp_{k}") for k in range(c.num_nextn_predict_layers)
         ]
+        if self._part.expert_ranks is not None:
+            for layer in self.moe_layers:
+                layer.deal_out(self._part.expert_ranks)
         self.build((None, None))
 
     def build(self, input_shape: Any) -> None:  # noqa: ARG002 - Keras hands it over
         """Create every weight; the input's shape does not matter."""
         if self.built:
             return
-        shape = (None, None, self.config.hidden_size)
-        self.embed_tokens.build((None, None))
-        parts: list[keras.layers.Layer] = [*self.blocks, self.norm, *self.mtp]
-        for part in parts if self.lm_head is None else [*parts, self.lm_head]:
-            part.build(shape)
+        part, shape = self._part, (None, None, self.config.hidden_size)
+        if part.embedding:
+            self.embed_tokens.build((None, None))
+        end: list[keras.layers.Layer] = [self.norm, *self.mtp]
+        end += [] if self.lm_head is None else [self.lm_head]
+        layers: list[tuple[keras.layers.Layer, bool]] = [
+            *((block, i in part.blocks) for i, block in enumerate(self.blocks)),
+            *((layer, part.end) for layer in end),
+        ]
+        for layer, here in layers:
+            if here:
+                layer.build(shape)
+            else:
+                _pass_over(layer, shape)
         self.built: bool = True
 
     @property
     def moe_layers(self) -> list[MixtureOfExperts]:
-        """The layers with experts: the blocks' in order, then the MTP modules'."""
+        """The layers with experts: the blocks' in order, then the MTP modules'.
+
+        Of a part those too whose weights are elsewhere.
+        """
         blocks = [*self.blocks, *(module.block for module in self.mtp)]
         return [block.mlp for block in blocks if block.moe]
 
@@ -167,27 +188,73 @@ class CausalLM(keras.Model):
         check_recompute(recompute)
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep is {logits_to_keep}; it must be 0 (all) or more")
-        kept = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
         input_ids = tf.convert_to_tensor(input_ids)
         if attention_mask is not None:
             attention_mask = tf.cast(attention_mask, tf.int32)
-        window = _window(input_ids, attention_mask)
-        h = self.embed_tokens(input_ids)
+        h, routings = self.run_blocks(self.embed_tokens(input_ids), attention_mask, recompute)
+        output = self.finish(h, input_ids, attention_mask, mtp, recompute, logits_to_keep)
+        return output._replace(routings=(*routings, *output.routings))
+
+    def run_blocks(
+        self,
+        h: tf.Tensor,
+        attention_mask: tf.Tensor | None = None,
+        recompute: Recompute = "none",
+        numbers: Sequence[int] | None = None,
+    ) -> tuple[tf.Tensor, tuple[Routing, ...]]:
+        """Run blocks one after the other.
+
+        Args:
+            h: `[B, S, D]`.
+            attention_mask: `[B, S]` int32; 0 is padding.
+            recompute: as for `forward`.
+            numbers: which blocks, counted in the whole model; all if `None`.
+
+        Returns:
+            `[B, S, D]` and a routing for each that has experts.
+        """
+        window = _window(h, attention_mask)
         routings = []
-        for block in self.blocks:
-            h, routing = run_block(block, window, recompute, h)
-            routings.append(routing)
+        for i in range(len(self.blocks)) if numbers is None else numbers:
+            h, routing = run_block(self.blocks[i], window, recompute, h)
+            if routing is not None:
+                routings.append(routing)
+        return h, tuple(routings)
+
+    def finish(
+        self,
+        h: tf.Tensor,
+        input_ids: tf.Tensor,
+        attention_mask: tf.Tensor | None = None,
+        mtp: bool = False,
+        recompute: Recompute = "none",
+        logits_to_keep: int = 0,
+    ) -> ModelOutput:
+        """Do what follows the last block: its norm, the head, the MTP modules.
+
+        Args:
+            h: `[B, S, D]`: what the last block gave.
+            input_ids: `[B, S]` integer: what the first was given.
+            attention_mask: `[B, S]` int32; 0 is padding.
+            mtp: as for `forward`.
+            recompute: as for `forward`.
+            logits_to_keep: as for `forward`.
+
+        Returns:
+            The logits, and the routings of the MTP modules alone.
+        """
+        kept = slice(-logits_to_keep, None) if logits_to_keep else slice(None)
         h = self.norm(h)
         logits = self.head(h[:, kept])
-        mtp_logits = []
+        mtp_logits, routings = [], []
         for k, module in enumerate(self.mtp if mtp else (), start=1):
             window = _shifted(attention_mask, input_ids, k)
             embedded = self.embed_tokens(input_ids[:, k:])
             h, routing = run_block(module, window, recompute, h[:, :-1], embedded)
-            routings.append(routing)
+            if routing is not None:
+                routings.append(routing)
             mtp_logits.append(self.head(h[:, kept]))
-        found = tuple(routing for routing in routings if routing is not None)
-        return ModelOutput(logits, tuple(mtp_logits), found)
+        return ModelOutput(logits, tuple(mtp_logits), tuple(routings))
 
     def head(self, h: tf.Tensor) -> tf.Tensor:
         """Map normed hidden states `[..., D]` to logits `[..., V]` in float32."""
@@ -328,9 +395,19 @@ class CausalLM(keras.Model):
         }
 
 
-def _window(input_ids: tf.Tensor, attention_mask: tf.Tensor | None) -> Window:
-    """Say where the tokens of a whole sequence lie."""
-    length = tf.shape(input_ids)[1]
+def _pass_over(layer: keras.layers.Layer, shape: tuple[int | None, ...]) -> None:
+    """Draw what the layer's weights would be drawn from, so that the next ones get theirs.
+
+    Each initializer without a seed takes the next number of Python's generator. So a twin is built,
+    of memory that nobody touches.
+    """
+    with unwritten():
+        type(layer).from_config(layer.get_config()).build(shape)
+
+
+def _window(tokens: tf.Tensor, attention_mask: tf.Tensor | None) -> Window:
+    """Say where the tokens of a whole sequence, `[B, S, ...]`, lie."""
+    length = tf.shape(tokens)[1]
     slots = tf.range(length)[None]
     allowed = CausalMask(slots, length, attention_mask)
     if attention_mask is None:

@@ -61,16 +61,21 @@ def sorted_experts(
 ) -> tf.Tensor:
     """Sort assignments by expert, one pair of products an expert; see `run_experts`."""
     experts, per_token = gate_up.shape[0], indices.shape[1]
-    expert_A = tf.reshape(indices, [-1])
-    order = tf.argsort(expert_A, stable=True)
-    counts = tf.math.unsorted_segment_sum(tf.ones_like(expert_A), expert_A, experts)
+    order, counts = sort_by_expert(indices, experts)
     rows = tf.split(tf.gather(x, order // per_token), counts, num=experts)
     outputs = [
         matmul(swiglu(matmul(part, wide)), narrow)
         for part, wide, narrow in zip(rows, tf.unstack(gate_up), tf.unstack(down), strict=True)
     ]
     y_AD = tf.gather(tf.concat(outputs, axis=0), tf.math.invert_permutation(order))
-    return _combine(y_AD, gates)
+    return combine(y_AD, gates)
+
+
+def sort_by_expert(indices: tf.Tensor, experts: int) -> tuple[tf.Tensor, tf.Tensor]:
+    """Return the assignments `[A]` of `indices [T, K]` expert by expert, and how many each has."""
+    expert_A = tf.reshape(indices, [-1])
+    counts_E = tf.math.unsorted_segment_sum(tf.ones_like(expert_A), expert_A, experts)
+    return tf.argsort(expert_A, stable=True), counts_E
 
 
 def blocked_experts(
@@ -106,7 +111,7 @@ def blocked_experts(
     hidden = swiglu(tf.matmul(x_NMD, tf.cast(tf.gather(gate_up, owner_N), x.dtype)))
     y_NMD = tf.matmul(hidden, tf.cast(tf.gather(down, owner_N), x.dtype))
     y_AD = tf.gather(tf.reshape(y_NMD, [blocks * size, -1]), row_A)
-    return _combine(y_AD, gates)
+    return combine(y_AD, gates)
 
 
 def _block_size(assignments: int, experts: int) -> int:
@@ -115,6 +120,7 @@ def _block_size(assignments: int, experts: int) -> int:
     return 1 if assignments <= experts else min(LARGEST_BLOCK, 1 << (share - 1).bit_length())
 
 
-def _combine(y_AD: tf.Tensor, gates_TK: tf.Tensor) -> tf.Tensor:
+def combine(y_AD: tf.Tensor, gates_TK: tf.Tensor) -> tf.Tensor:
+    """Sum each token's rows, weighed: `[T * K, D]` and `[T, K]` give `[T, D]`."""
     y_TKD = tf.reshape(y_AD, [-1, gates_TK.shape[1], y_AD.shape[-1]])
     return tf.einsum("tk,tkd->td", tf.cast(gates_TK, y_AD.dtype), y_TKD)

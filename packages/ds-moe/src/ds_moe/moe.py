@@ -11,6 +11,8 @@ import keras
 import tensorflow as tf
 
 from ds_moe.config import MoEConfig
+from ds_moe.deferred_experts import deferred_experts
+from ds_moe.exchange import ExpertRanks, run_on_ranks
 from ds_moe.experts import run_experts
 from ds_moe.fp8_experts import fp8_experts
 from ds_moe.router import Router, Routing
@@ -19,6 +21,7 @@ from ds_precision import (
     QuantizedWeights,
     RestoresPolicy,
     check_mode,
+    deferred_weight_gradients,
     fp8_recipe,
     quantize_weights,
     replace_weights,
@@ -53,6 +56,28 @@ class MixtureOfExperts(RestoresPolicy, keras.layers.Layer):
                 dtype=self.dtype_policy,
                 name="shared_experts",
             )
+        self._ranks: ExpertRanks | None = None
+
+    def deal_out(self, ranks: ExpertRanks) -> None:
+        """Hold this rank's share of the routed experts alone; the others' are asked by `ranks`.
+
+        Router and shared experts stay whole. The share is drawn as part of all experts, so that
+        ranks together hold what one would.
+
+        Args:
+            ranks: who holds the experts, and carries tokens between them.
+
+        Raises:
+            ValueError: the layer has its weights already, or the ranks do not divide its experts.
+        """
+        if self.built:
+            raise ValueError(f"{self.path} has its weights already; deal experts out before that")
+        if self.config.n_routed_experts % ranks.size:
+            raise ValueError(
+                f"{self.config.n_routed_experts} experts can't be shared out evenly to "
+                f"{ranks.size} ranks"
+            )
+        self._ranks = ranks
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         """Create the router and the stacked experts."""
@@ -64,19 +89,36 @@ class MixtureOfExperts(RestoresPolicy, keras.layers.Layer):
         self.gate.build((None, c.hidden_size))
         if self.shared_experts is not None:
             self.shared_experts.build((None, c.hidden_size))
-        normal = keras.initializers.RandomNormal
-        self.gate_up_proj = self.add_weight(
-            name="gate_up_proj",
-            shape=(c.n_routed_experts, c.hidden_size, 2 * c.moe_intermediate_size),
-            initializer=normal(stddev=c.initializer_range),
+        hidden, inner = c.hidden_size, c.moe_intermediate_size
+        self.gate_up_proj = self._add_experts("gate_up_proj", hidden, 2 * inner)
+        self.down_proj = self._add_experts("down_proj", inner, hidden)
+
+    def _add_experts(self, name: str, inputs: int, outputs: int) -> keras.Variable:
+        """Create the stack of this rank's matrices, `[E, inputs, outputs]` where it has all."""
+        drawn = keras.initializers.RandomNormal(stddev=self.config.initializer_range)
+        experts, shape = self.config.n_routed_experts, (inputs, outputs)
+        first = self.first_expert
+
+        def share_of_all(shape: tuple[int, ...], dtype: Any = None) -> tf.Tensor:
+            count = shape[0]
+            return drawn((experts, *shape[1:]), dtype)[first : first + count]
+
+        return self.add_weight(
+            name=name,
+            shape=(self.experts_here, *shape),
+            initializer=drawn if self._ranks is None else share_of_all,
             autocast=False,  # read in their own type
         )
-        self.down_proj = self.add_weight(
-            name="down_proj",
-            shape=(c.n_routed_experts, c.moe_intermediate_size, c.hidden_size),
-            initializer=normal(stddev=c.initializer_range),
-            autocast=False,  # read in their own type
-        )
+
+    @property
+    def experts_here(self) -> int:
+        """How many routed experts this layer holds: all, or its rank's share."""
+        return self.config.n_routed_experts // (self._ranks.size if self._ranks else 1)
+
+    @property
+    def first_expert(self) -> int:
+        """The first of them, counted over all ranks."""
+        return self.experts_here * self._ranks.index if self._ranks else 0
 
     def call(self, x: tf.Tensor, token_mask: tf.Tensor | None = None) -> tuple[tf.Tensor, Routing]:
         """Route, run, sum.
@@ -91,16 +133,33 @@ class MixtureOfExperts(RestoresPolicy, keras.layers.Layer):
         x_TD = tf.reshape(x, [-1, self.config.hidden_size])
         mask_T = None if token_mask is None else tf.reshape(token_mask, [-1])
         routing = self.gate(x_TD, mask_T)
-        recipe = fp8_recipe(self.dtype_policy)
-        gate_up, down = self._experts()
-        if recipe is None or self.gate_up_proj is None:
-            y = run_experts(x_TD, routing.indices, routing.gates, gate_up, down)
+        if self._ranks is None:
+            y = self._run(x_TD, routing.indices, routing.gates)
         else:
-            y = fp8_experts(x_TD, routing.indices, routing.gates, gate_up, down, recipe, self.path)
+            y = run_on_ranks(
+                x_TD,
+                routing.indices,
+                routing.gates,
+                self.experts_here,
+                self._ranks,
+                lambda x, expert, gate: self._run(x, expert[:, None], gate[:, None]),
+            )
         y = tf.reshape(y, tf.shape(x))
         if self.shared_experts is not None:
             y += self.shared_experts(x)
         return tf.ensure_shape(y, x.shape), routing
+
+    def _run(self, x: tf.Tensor, indices: tf.Tensor, gates: tf.Tensor) -> tf.Tensor:
+        """Run rows through the experts that are here."""
+        recipe = fp8_recipe(self.dtype_policy)
+        gate_up, down = self._experts()
+        if recipe is None or self.gate_up_proj is None:
+            later = deferred_weight_gradients()
+            if later is not None and self.gate_up_proj is not None:
+                variables = self.gate_up_proj, self.down_proj
+                return deferred_experts(x, indices, gates, *variables, later)
+            return run_experts(x, indices, gates, gate_up, down)
+        return fp8_experts(x, indices, gates, gate_up, down, recipe, self.path)
 
     def _experts(self) -> tuple[tf.Tensor | QuantizedWeights, ...]:
         if self.gate_up_proj is not None:

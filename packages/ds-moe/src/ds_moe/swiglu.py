@@ -12,6 +12,7 @@ from ds_precision import (
     Linear,
     QuantizedWeights,
     RestoresPolicy,
+    deferred_weight_gradients,
     fp8_recipe,
     fused_experts,
     use_kernels,
@@ -60,7 +61,8 @@ class SwiGLU(RestoresPolicy, keras.layers.Layer):
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """Map `[..., hidden_size]` to the same shape."""
-        if not use_kernels(x) or self._trains_in_fp8:
+        apart = self._trains_in_fp8 or deferred_weight_gradients() is not None
+        if apart or not use_kernels(x):
             return self.down_proj(swiglu(self.gate_up_proj(x)))
         # One expert that every token chooses.
         return fused_experts(

@@ -2,6 +2,11 @@
 
 from ds_precision.block_scaling import BlockScaled, dequantize_blocks, quantize_blocks
 from ds_precision.choice import traced_for_xla, use_kernels
+from ds_precision.deferred import (
+    WeightGradients,
+    defer_weight_gradients,
+    deferred_weight_gradients,
+)
 from ds_precision.formats import E4M3, E5M2, E5M6, Format, cast, from_ue8m0, to_ue8m0
 from ds_precision.fp8 import (
     Fp8Policy,
@@ -45,8 +50,11 @@ __all__ = [
     "Linear",
     "QuantizedWeights",
     "RestoresPolicy",
+    "WeightGradients",
     "cast",
     "check_mode",
+    "defer_weight_gradients",
+    "deferred_weight_gradients",
     "dequantize_blocks",
     "fp8_matmul",
     "fp8_recipe",

@@ -7,14 +7,16 @@ training (arXiv 2412.19437, section 3.3; `ds_precision.fp8`) needs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from ds_precision.choice import use_kernels
+from ds_precision.deferred import WeightGradients, deferred_weight_gradients
 from ds_precision.fp8 import FORMATS, RestoresPolicy, fp8_matmul, fp8_recipe
-from ds_precision.products import fast_matmul
+from ds_precision.products import fast_matmul, multiply_outer, multiply_transposed
 from ds_precision.weight_only import (
     QuantizedWeights,
     check_mode,
@@ -38,6 +40,9 @@ def matmul(x: tf.Tensor, kernel: Any) -> tf.Tensor:
     Returns:
         `[..., out]` in the type of `x`.
     """
+    later = deferred_weight_gradients()
+    if later is not None and isinstance(kernel, keras.Variable):
+        return _matmul_deferring(x, kernel, later)
     if isinstance(kernel, QuantizedWeights):
         if use_kernels(x):
             return fast_matmul(x, kernel)
@@ -52,6 +57,29 @@ def matmul(x: tf.Tensor, kernel: Any) -> tf.Tensor:
     y = tf.matmul(tf.reshape(x, [-1, inner]), kernel)
     y = tf.reshape(y, tf.concat([tf.shape(x)[:-1], [outer]], 0))
     return tf.ensure_shape(y, [*x.shape[:-1], outer])
+
+
+def _matmul_deferring(x: tf.Tensor, weight: keras.Variable, later: WeightGradients) -> tf.Tensor:
+    """Multiply as `matmul` does; the weight's gradient waits in `later`."""
+    kernel = tf.convert_to_tensor(weight)
+    inner, outer = kernel.shape
+
+    @tf.custom_gradient
+    def product(x: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
+        def backward(dy: tf.Tensor) -> tf.Tensor:
+            rows = [tf.reshape(x, [-1, inner]), tf.reshape(dy, [-1, outer])]
+            later.put(weight, rows, _outer)
+            dx = multiply_transposed(rows[1], tf.cast(kernel, dy.dtype))
+            return tf.reshape(dx, tf.shape(x))
+
+        return matmul(x, kernel), backward
+
+    return product(x)
+
+
+def _outer(x: tf.Tensor, dy: tf.Tensor) -> tf.Tensor:
+    """Return `x^T dy`; compiled, in float32."""
+    return multiply_outer(x, dy) if use_kernels(x, dy) else tf.matmul(x, dy, transpose_a=True)
 
 
 @keras.saving.register_keras_serializable(package="ds_precision")

@@ -60,7 +60,8 @@ def fused_routing(
 @tf.RegisterGradient("DsRoute")
 def _routing_gradient(op: tf.Operation, _: tf.Tensor, dgates: tf.Tensor) -> list[tf.Tensor | None]:
     scores, indices = op.inputs[0], op.outputs[0]
-    slopes = dgates * op.get_attr("scale")
+    # Who gathered gates, as ranks that exchange them do, gives rows of a gradient.
+    slopes = tf.convert_to_tensor(dgates) * op.get_attr("scale")
     if op.get_attr("normalize"):
         taken = tf.gather(scores, indices, batch_dims=1)
         total = tf.reduce_sum(taken, axis=-1, keepdims=True) + SMALL

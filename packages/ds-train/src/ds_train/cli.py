@@ -11,7 +11,7 @@ from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from subprocess import CalledProcessError
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -26,8 +26,11 @@ from ds_train.data import read_files
 from ds_train.errors import TrainConfigError, TrainError
 from ds_train.memory import TrainingMemory, training_memory
 from ds_train.new_notebook import new_notebook
+from ds_train.parallel import Costs, Timetable, make_schedule, published_bubble
+from ds_train.parallel.text import timetable_text
+from ds_train.parallel.worker import leave
 from ds_train.peak import measure_step
-from ds_train.pretrain import RunResult, pretrain
+from ds_train.pretrain import RunResult, pretrain, run_here
 from ds_train.quickstart import STEPS, quickstart
 
 app = typer.Typer(
@@ -83,6 +86,98 @@ def pretrain_command(
         )
         result = pretrain(settings, found.documents, out, resume, console=console)
         _show(result, as_json)
+
+
+@app.command("launch")
+def launch_command(
+    config: Annotated[Path, typer.Option(help="A TOML file; `init-config` prints one.")],
+    data: Annotated[
+        list[Path], typer.Option(help="Files or folders of text or code; may be given again.")
+    ],
+    out: Out = Path("run"),
+    nproc: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes to start here: pp x ep x dp. Left out where a scheduler does."
+        ),
+    ] = None,
+    pp: Annotated[int | None, typer.Option(help="Pipeline ranks.")] = None,
+    ep: Annotated[int | None, typer.Option(help="Ranks that share each layer's experts.")] = None,
+    dp: Annotated[int | None, typer.Option(help="Replicas of all that.")] = None,
+    zero: Annotated[int | None, typer.Option(help="1 deals AdamW's moments out.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="1f1b, zb1p, dualpipe or dualpipev; see `schedule`.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Go on from the last checkpoint, or refuse if there is one.")
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Train on many ranks; options win over the file's table [parallel].
+
+    On one machine, with --nproc, the ranks are processes of it. On many, a scheduler starts this
+    command once a rank, without --nproc, and says in TF_CONFIG, or in Slurm's variables, which
+    rank it is; all need one file system.
+    """
+    console = Console(stderr=True)
+    given = {"pp": pp, "ep": ep, "dp": dp, "zero": zero, "schedule": schedule}
+    with _one_line_errors():
+        settings = TrainConfig.from_file(config)
+        values = settings.model_dump()
+        values["parallel"] |= {key: value for key, value in given.items() if value is not None}
+        settings = TrainConfig.from_dict(values, source=str(config))
+        found = read_files(data, settings.data.suffixes)
+        if nproc is None:
+            leave(run_here(settings, found.documents, out, resume))
+        if nproc != settings.parallel.ranks:
+            table = settings.parallel
+            raise TrainConfigError(
+                f"--nproc is {nproc}; pp x ep x dp is {table.pp} x {table.ep} x {table.dp} = "
+                f"{table.ranks}"
+            )
+        result = pretrain(settings, found.documents, out, resume, console=console)
+        _show(result, as_json)
+
+
+@app.command("schedule")
+def schedule_command(
+    pp: Annotated[int, typer.Option(help="Pipeline ranks.")] = 8,
+    microbatches: Annotated[int, typer.Option(help="Micro-batches of a step.")] = 20,
+    name: Annotated[
+        str, typer.Option("--schedule", help="1f1b, zb1p, dualpipe or dualpipev.")
+    ] = "dualpipe",
+    forward: Annotated[float, typer.Option(help="Time of F, in any unit.")] = 1.0,
+    backward: Annotated[float, typer.Option(help="Time of B, the whole backward pass.")] = 2.0,
+    weights: Annotated[float, typer.Option(help="Time of W, its weights' half.")] = 1.0,
+    overlapped: Annotated[
+        float | None, typer.Option(help="Time of F&B at once; F + B if left out.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw it into this file as well.")] = None,
+) -> None:
+    """Show who does what when in a pipeline, and how long ranks are idle; nothing is run.
+
+    A column is a unit of time: a digit is a forward pass's micro-batch (its last digit), a letter
+    a backward one's (a is 0), w its half for the weights, a dot idle. Overlapped pairs alternate.
+    """
+    with _one_line_errors():
+        costs = Costs(
+            forward, backward, weights, forward + backward if overlapped is None else overlapped
+        )
+        try:
+            made = make_schedule(name, pp, microbatches)
+        except ValueError as error:
+            raise TrainConfigError(str(error)) from error
+        timetable = Timetable.of(made, costs)
+        typer.echo(timetable_text(made, timetable, costs))
+        published = published_bubble(name, pp, costs)
+        typer.echo(
+            f"{timetable.length:g} in all, idle at most {timetable.bubble:g} "
+            f"({timetable.bubble / timetable.length:.1%}); the paper's formula gives {published:g}"
+        )
+        if plot is not None:
+            figure = _figures().plot_schedule(made, timetable)
+            figure.savefig(plot, dpi=150)
+            typer.echo(str(plot))
 
 
 @app.command("init-config")
@@ -181,6 +276,15 @@ def _one_line_errors() -> Iterator[None]:
     except (TrainError, ConfigError, ModelCheckpointError, OSError) as error:
         typer.echo(f"ds-train: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from error
+
+
+def _figures() -> Any:
+    """Return the module that draws, if its extra is here."""
+    try:
+        from ds_train import figures  # noqa: PLC0415 - matplotlib is an extra
+    except ImportError as error:
+        raise TrainError(f"{error}: pip install 'ds-train[plot]'") from error
+    return figures
 
 
 def _show(result: RunResult, as_json: bool) -> None:

@@ -144,6 +144,26 @@ class Fp8Table(_Table):
         return self
 
 
+class ParallelTable(_Table):
+    """`[parallel]`: how many ranks share the work in which way; see `ds_train.parallel`.
+
+    `pp`: pipeline ranks; `ep`: ranks that share a layer's experts; `dp`: replicas of that. `zero`:
+    1 deals AdamW's moments out to who holds the same weights, 0 does not. `schedule`: in what order
+    a pipeline rank does its work. `[train] accumulation` is the micro-batches of each pipeline.
+    """
+
+    pp: Positive = 1
+    ep: Positive = 1
+    dp: Positive = 1
+    zero: Literal[0, 1] = 0
+    schedule: Literal["1f1b", "zb1p", "dualpipe", "dualpipev"] = "1f1b"
+
+    @property
+    def ranks(self) -> int:
+        """How many there are in all."""
+        return self.pp * self.ep * self.dp
+
+
 class CheckpointTable(_Table):
     """`[checkpoint]`: how often, and how many are kept."""
 
@@ -168,6 +188,7 @@ class TrainConfig(_Table):
         loss: Weights of the losses, and the bias update.
         train: Steps, batch, seed, precision.
         fp8: Rounding, where the precision is FP8.
+        parallel: Ranks, and how they share the work.
         checkpoint: How often to save.
         track: Where metrics go besides `metrics.jsonl`.
     """
@@ -179,8 +200,20 @@ class TrainConfig(_Table):
     loss: LossTable = LossTable()
     train: TrainTable = TrainTable()
     fp8: Fp8Table = Fp8Table()
+    parallel: ParallelTable = ParallelTable()
     checkpoint: CheckpointTable = CheckpointTable()
     track: TrackTable = TrackTable()
+
+    @model_validator(mode="after")
+    def _deals_out(self) -> Self:
+        table, micro = self.parallel, self.train.accumulation * self.parallel.ep * self.parallel.dp
+        if self.train.batch_size % micro:
+            msg = (
+                f"batch_size = {self.train.batch_size} of [train] must be a multiple of "
+                f"accumulation x ep x dp = {self.train.accumulation} x {table.ep} x {table.dp}"
+            )
+            raise ValueError(msg)
+        return self
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
@@ -220,6 +253,12 @@ class TrainConfig(_Table):
             raise TrainConfigError(f"{source}: [model] {error}") from error
         return config
 
+    def in_one_process(self) -> Self:
+        """Return the same run on one rank, in micro-batches of the same size."""
+        shares = self.parallel.ep * self.parallel.dp
+        train = self.train.model_copy(update={"accumulation": self.train.accumulation * shares})
+        return self.model_copy(update={"parallel": ParallelTable(), "train": train})
+
     def policy(self) -> DTypePolicy:
         """Returns what the model's layers compute in."""
         if self.train.dtype_policy == "fp8":
@@ -245,7 +284,9 @@ class TrainConfig(_Table):
 def _first_line(cls: type[BaseModel], error: ValidationError) -> str:
     """Says the first thing that is wrong: table, key, value, what would be right."""
     first = error.errors()[0]
-    *tables, key = [str(part) for part in first["loc"]] or ["config"]
+    if not first["loc"]:  # two tables do not fit each other
+        return str(first["ctx"]["error"])
+    *tables, key = [str(part) for part in first["loc"]]
     where = f"[{'.'.join(tables)}] {key}" if tables else f"[{key}]"
     if first["type"] == "extra_forbidden":
         known: dict[str, Any] = cls.model_fields

@@ -12,11 +12,13 @@ from matplotlib.figure import Figure
 from ds_model import CausalLM
 from ds_precision.figures import PALETTE
 from ds_train.memory import TrainingMemory
+from ds_train.parallel import Schedule, Timetable
 
 __all__ = [
     "expert_layer_names",
     "plot_loss",
     "plot_memory",
+    "plot_schedule",
     "plot_stability",
     "plot_training_memory",
 ]
@@ -191,3 +193,57 @@ def expert_layer_names(model: CausalLM) -> list[str]:
     """Return what to call the layers of `model.moe_layers`, in that order."""
     names = [f"layer {i}" for i, block in enumerate(model.blocks) if block.moe]
     return names + [f"MTP module {k}" for k, m in enumerate(model.mtp, start=1) if m.block.moe]
+
+
+def plot_schedule(schedule: Schedule, timetable: Timetable) -> Figure:
+    """Draw who does what when in a pipeline; what stays white is idle.
+
+    An overlapped pair is drawn as two halves, one above the other. Numbers are micro-batches, where
+    there is room for them.
+
+    Args:
+        schedule: What is done.
+        timetable: When.
+    """
+    ranks, length = len(schedule.ranks), timetable.length
+    figure = Figure(figsize=(min(16, 3 + length / 5), 1.2 + 0.36 * ranks), layout="constrained")
+    axes = figure.subplots()
+    looks = {
+        "F": ("forward", PALETTE["blue"]),
+        "B": ("backward", PALETTE["orange"]),
+        "I": ("backward, inputs", PALETTE["yellow"]),
+        "W": ("backward, weights", PALETTE["green"]),
+    }
+    drawn = set()
+    for rank, slots in enumerate(schedule.ranks):
+        times = zip(slots, timetable.starts[rank], timetable.ends[rank], strict=True)
+        for slot, start, end in times:
+            height = 0.84 / len(slot)
+            for i, work in enumerate(slot):
+                label, colour = looks[work.kind]
+                bottom = rank - 0.42 + i * height
+                axes.broken_barh(
+                    [(start, end - start)],
+                    (bottom, height),
+                    facecolor=colour,
+                    edgecolor="white",
+                    linewidth=0.5,
+                    label=None if work.kind in drawn else label,
+                )
+                drawn.add(work.kind)
+                if length <= _NUMBERED:
+                    middle = (start + end) / 2, bottom + height / 2
+                    text = str(work.micro_batch)
+                    axes.text(*middle, text, ha="center", va="center", fontsize=6)
+    axes.set_ylim(ranks - 0.5, -0.5)
+    axes.set_xlim(0, length)
+    axes.set_yticks(range(ranks))
+    axes.set_xlabel("time [units of the costs given]")
+    axes.set_ylabel("pipeline rank")
+    idle = timetable.bubble / length
+    axes.set_title(f"{schedule.name}: {schedule.micro_batches} micro-batches, {idle:.1%} idle")
+    figure.legend(loc="outside lower center", ncols=len(drawn), frameon=False)
+    return figure
+
+
+_NUMBERED = 90  # units of time that still leave room for numbers

@@ -20,6 +20,10 @@ from ds_train.data import Document, TokenFile, count_bytes, hold_out
 from ds_train.errors import TrainConfigError
 from ds_train.evaluation.report import Report, evaluate
 from ds_train.metrics_log import read_metrics
+from ds_train.parallel.launch import launch
+from ds_train.parallel.mesh import Mesh
+from ds_train.parallel.worker import Progress, RankRun, guarded, train_rank
+from ds_train.parallel.world import World
 from ds_train.prepare import pack, train_tokenizer
 from ds_train.progress import Stages, TrainingProgress
 from ds_train.tracking import Tracker, TrackerCallback, open_tracker
@@ -70,6 +74,9 @@ def pretrain(
 ) -> RunResult:
     """Train a model on documents and say how good it is.
 
+    Where `[parallel]` describes several ranks, they are processes of this machine while training
+    lasts.
+
     Args:
         config: Everything that decides the run.
         documents: In an order that means something: the last are held out.
@@ -118,9 +125,14 @@ def _run(
             f"{tokens.tokens:,} tokens; {len(held_out)} documents held out"
         )
     with stages.stage("training") as stage:
-        progress = TrainingProgress(stage)
-        heard = [progress, TrackerCallback(tracker, config.train.log_every)]
-        trainer = Trainer(config, tokens, out, _model_config(config, tokenizer), heard)
+        model_config = _model_config(config, tokenizer)
+        if config.parallel.ranks > 1:
+            run = RankRun(config, model_config, tokens.path, out, resume)
+            launch(run, stage.report, stages.say)
+            # What follows is done here, from the ranks' last checkpoint.
+            config, resume = config.in_one_process(), True
+        heard = [TrainingProgress(stage), TrackerCallback(tracker, config.train.log_every)]
+        trainer = Trainer(config, tokens, out, model_config, heard)
         model = trainer.train(resume)
         stage.summary = _training_summary(config, model, tokens)
     context = config.data.sequence_length
@@ -150,6 +162,43 @@ def _run(
     return RunResult(
         out, folder, config.train.steps, report, tuple(samples), tuple(plots), stages.seconds
     )
+
+
+def run_here(
+    config: TrainConfig, documents: Sequence[Document], out: str | Path, resume: bool = True
+) -> int:
+    """Train one rank, the one that a scheduler's environment says this process is.
+
+    Rank 0 makes tokenizer and token file for all. What follows training is `pretrain`'s, with the
+    same `out`, in one process.
+
+    Args:
+        config: everything that decides the run.
+        documents: as for `pretrain`.
+        out: folder of the run, on a file system that all ranks share.
+        resume: as for `pretrain`.
+
+    Returns:
+        The process's exit code; see `ds_train.parallel.worker`.
+    """
+    out, name = Path(out), "rank ?"
+
+    def work() -> None:
+        nonlocal name
+        table = config.parallel
+        world = World.join(Mesh(table.pp, table.ep, table.dp))
+        name = f"rank {world.rank}"
+        training, _ = hold_out(documents, config.data.held_out)
+        for turn in (True, False):  # rank 0 writes, then the others find what is there
+            if turn == (world.rank == 0):
+                tokenizer = train_tokenizer(training, out, config.model.build().vocab_size)
+                tokens = pack(training, tokenizer, out, lambda *_: None)
+            world.wait_for_all()
+        run = RankRun(config, _model_config(config, tokenizer), tokens.path, out, resume)
+        train_rank(run, world, tokens, [Progress()])
+        world.wait_for_all()
+
+    return guarded(lambda: name, work)
 
 
 _NO_PLOTS = "left out: pip install 'ds-train[plot]'"

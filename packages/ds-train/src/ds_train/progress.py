@@ -58,6 +58,10 @@ class Stages:
         self._index = 0
         self.seconds: dict[str, float] = {}
 
+    def say(self, line: str) -> None:
+        """Show a line of its own."""
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
         """Run the body as the next stage and say at its end what it did and how long it took."""
@@ -81,7 +85,7 @@ class Stages:
         self.seconds[name] = time.perf_counter() - start
         head = f"[{self._index}/{self._count}] {name}"
         line = f"{head:<18} {self.seconds[name]:6.1f} s  {stage.summary}"
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self.say(line)
 
 
 class TrainingProgress(Callback):

@@ -214,4 +214,9 @@ def clip_scale(
     fused = use_kernels(*gradients) and all(g.dtype == tf.float32 for g in gradients)
     found = tf.sqrt(fused_square_sum(gradients)) if fused else tf.linalg.global_norm(gradients)
     norm = share * tf.cast(found, tf.float32)
-    return share * tf.minimum(1.0, clip_norm / (norm + 1e-6)), norm
+    return share * clip_to(norm, clip_norm), norm
+
+
+def clip_to(norm: tf.Tensor, clip_norm: float) -> tf.Tensor:
+    """Return `min(1, clip_norm / (norm + 1e-6))`, what torch multiplies gradients by."""
+    return tf.minimum(1.0, clip_norm / (norm + 1e-6))

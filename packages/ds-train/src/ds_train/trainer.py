@@ -4,6 +4,7 @@ import hashlib
 import math
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,21 +16,28 @@ import tensorflow as tf
 from ds_model import CausalLM, ModelConfig
 from ds_moe import max_violation
 from ds_train.callbacks import Callback, StepMetrics
-from ds_train.checkpoint import CheckpointStore
+from ds_train.checkpoint import Alone, CheckpointStore, Contents, whole_contents
 from ds_train.config import TrainConfig
 from ds_train.data import PackedSequences, TokenFile
-from ds_train.errors import CheckpointError, TrainError
+from ds_train.errors import CheckpointError, TrainConfigError, TrainError
 from ds_train.metrics_log import MetricsLog, StabilityLog
 from ds_train.optimizer import AdamW
+from ds_train.parallel.mesh import Mesh
+from ds_train.parallel.share import RankShare
+from ds_train.parallel.world import World
 from ds_train.stability import StabilityProbe
 from ds_train.step import StepOutput, TrainStep
 
 # Tables whose values do not change the numbers of a run.
-_FREE_TABLES = ("checkpoint", "track")
+_FREE_TABLES = ("checkpoint", "parallel", "track")
 _FREE_KEYS = {
-    "train": ("log_every", "recompute", "watch_every", "nonfinite"),
+    "train": ("accumulation", "log_every", "recompute", "watch_every", "nonfinite"),
     "data": ("suffixes", "held_out"),
 }
+
+
+class Stopped(Exception):  # noqa: N818 - not an error
+    """The process, or another rank, was told to stop; what was done is saved."""
 
 
 class Trainer:
@@ -44,15 +52,17 @@ class Trainer:
         tokens: A token file, or ids `[tokens]` of an unsigned integer type.
         out: Folder for `checkpoints/` and `metrics.jsonl`.
         model_config: The model, where it is not `config.model.build()` as it stands.
-        callbacks: Who else hears of each step.
+        callbacks: Who else hears of each step; on many ranks the first alone.
+        world: This rank among the others, where `[parallel]` says that there are others.
 
     Attributes:
-        model: The model in training, made from `config.train.seed`.
+        model: The model in training, made from `config.train.seed`; of many ranks this one's part.
         optimizer: Its AdamW.
         checkpoints: The run's checkpoints.
 
     Raises:
         DataError: If the text is too short for one sequence.
+        TrainConfigError: If the model or the batch does not fit the mesh.
         TrainError: If a token is outside the model's vocabulary.
     """
 
@@ -63,7 +73,12 @@ class Trainer:
         out: str | Path,
         model_config: ModelConfig | None = None,
         callbacks: Sequence[Callback] = (),
+        world: World | None = None,
     ) -> None:
+        mesh = Mesh(config.parallel.pp, config.parallel.ep, config.parallel.dp)
+        if mesh.size > 1 and (world is None or world.mesh != mesh):
+            msg = f"[parallel] describes {mesh.size} ranks ({mesh}); start it with ds-train launch"
+            raise TrainConfigError(msg)
         self.config = config
         self.out = Path(out)
         ids = tokens.open() if isinstance(tokens, TokenFile) else tokens
@@ -78,7 +93,6 @@ class Trainer:
             raise TrainError(msg)
         self._data_sha256 = tokens.sha256 if isinstance(tokens, TokenFile) else _digest(ids)
         keras.utils.set_random_seed(config.train.seed)
-        self.model = CausalLM(self._model_config, dtype=config.policy())
         table = config.optimizer
         self.optimizer = AdamW(
             config.learning_rate(),
@@ -88,8 +102,13 @@ class Trainer:
             weight_decay=table.weight_decay,
             moments=table.moments,
         )
-        self._step = TrainStep(self.model, self.optimizer, config)
-        self.checkpoints = CheckpointStore(self.out / "checkpoints", config.checkpoint.keep)
+        whole = (config, self._model_config, self.optimizer)
+        self._share = _WholeShare(*whole) if world is None else RankShare(*whole, world)
+        self.model = self._share.model
+        everyone = self._share.everyone
+        self.checkpoints = CheckpointStore(
+            self.out / "checkpoints", config.checkpoint.keep, everyone
+        )
         log: list[Callback] = [MetricsLog(self.out / "metrics.jsonl", config.train.log_every)]
         self._probe = None
         if config.train.watch_every:
@@ -97,7 +116,7 @@ class Trainer:
             self._probe = StabilityProbe(self.model, loss.mtp_weight, loss.balance_alpha)
             log.append(StabilityLog(self.out / "stability.jsonl"))
         self._skipped = 0
-        self._callbacks = [*log, *callbacks]
+        self._callbacks = [*log, *callbacks] if everyone.rank == 0 else []
 
     def train(self, resume: bool = True) -> CausalLM:
         """Does the steps that are left and returns the trained model.
@@ -108,36 +127,49 @@ class Trainer:
 
         Raises:
             CheckpointError: If a checkpoint is broken, of another run, or cannot be written.
-            TrainError: If the loss is no longer finite.
+            Stopped: On many ranks, if one of them was sent SIGTERM; a checkpoint stands.
+            TrainError: If the loss is no longer finite, or a rank is lost.
         """
         self.out.mkdir(parents=True, exist_ok=True)
+        self._share.check_same(self.config, self._data_sha256)
         step = self._restore(resume)
         steps = self.config.train.steps
         for callback in self._callbacks:
             callback.on_start(step, steps)
         try:
-            while step < steps:
-                self._one_step(step)
-                step += 1
-                if step % self.config.checkpoint.every == 0 or step == steps:
-                    path = self.checkpoints.save(step, self.model, self.optimizer, self._state())
-                    for callback in self._callbacks:
-                        callback.on_checkpoint(path)
+            with self._share.hears_of_stops():
+                while step < steps:
+                    self._one_step(step)
+                    step += 1
+                    asked = self._share.asked_to_stop()
+                    if step % self.config.checkpoint.every == 0 or step == steps or asked:
+                        self._save(step)
+                    if asked and step < steps:
+                        raise Stopped(f"told to stop; step {step} is saved")
         finally:
             for callback in self._callbacks:
                 callback.on_end(step)
         return self.model
 
+    def describe(self) -> str:
+        """Return one line that says what of the model and of the mesh is here."""
+        return self._share.describe()
+
+    def _save(self, step: int) -> None:
+        path = self.checkpoints.save(step, self._share.contents(to_save=True), self._state())
+        for callback in self._callbacks:
+            callback.on_checkpoint(path)
+
     def _one_step(self, step: int) -> None:
         table = self.config.train
         batch = self._data.batch(step, table.batch_size)
-        tokens = tf.constant(batch.reshape(table.accumulation, -1, batch.shape[-1]))
         if self._probe is not None and (step + 1) % table.watch_every == 0:
-            looked = self._probe.look(step + 1, tokens[0])
+            first = batch[: table.batch_size // table.accumulation]
+            looked = self._probe.look(step + 1, tf.constant(first))
             for callback in self._callbacks:
                 callback.on_stability(looked)
         start = time.perf_counter()
-        output: StepOutput = self._step.compiled(tokens)
+        output: StepOutput = self._share.run(batch, table.accumulation)
         scalars = {name: float(value) for name, value in output.scalars.items()}
         seconds = time.perf_counter() - start
         applied = scalars.pop("applied") > 0
@@ -173,11 +205,10 @@ class Trainer:
             raise CheckpointError(msg)
         state = self.checkpoints.read_state(steps[-1])
         self._check_same_run(state, self.checkpoints.path(steps[-1]))
-        self.checkpoints.load(steps[-1], self.model, self.optimizer)
+        self.checkpoints.load(steps[-1], self._share.contents(to_save=False))
         scaling = state.get("loss_scaling", {})
         self._skipped = scaling.get("skipped", 0)
-        self._step.loss_scale.assign(scaling.get("scale", self._step.loss_scale.numpy()))
-        self._step.good_steps.assign(scaling.get("good_steps", 0))
+        self._share.loaded(scaling)
         return steps[-1]
 
     def _check_same_run(self, state: dict[str, Any], path: Path) -> None:
@@ -201,13 +232,46 @@ class Trainer:
             "config": self.config.model_dump(mode="json"),
             "model": _as_json(self._model_config.to_dict()),
             "data_sha256": self._data_sha256,
-            "loss_scaling": {
-                "skipped": self._skipped,
-                "scale": float(self._step.loss_scale.numpy()),
-                "good_steps": int(self._step.good_steps.numpy()),
-            },
+            "loss_scaling": {"skipped": self._skipped, **self._share.loss_scaling()},
             "versions": {name: _version(name) for name in ("tensorflow", "keras", "ds-train")},
         }
+
+
+class _WholeShare:
+    """What one process trains: everything. `RankShare` is its form on many ranks."""
+
+    def __init__(self, config: TrainConfig, model_config: ModelConfig, optimizer: AdamW) -> None:
+        self.everyone = Alone()
+        self.model = CausalLM(model_config, dtype=config.policy())
+        self._optimizer = optimizer
+        self._step = TrainStep(self.model, optimizer, config)
+
+    def run(self, batch: np.ndarray, accumulation: int) -> StepOutput:
+        return self._step.compiled(tf.constant(batch.reshape(accumulation, -1, batch.shape[-1])))
+
+    def contents(self, to_save: bool) -> Contents:  # noqa: ARG002 - all is read, all is written
+        return whole_contents(self.model, self._optimizer)
+
+    def loss_scaling(self) -> dict[str, float]:
+        step = self._step
+        return {"scale": float(step.loss_scale.numpy()), "good_steps": int(step.good_steps.numpy())}
+
+    def loaded(self, loss_scaling: dict[str, float]) -> None:
+        step = self._step
+        step.loss_scale.assign(loss_scaling.get("scale", step.loss_scale.numpy()))
+        step.good_steps.assign(loss_scaling.get("good_steps", 0))
+
+    def check_same(self, config: TrainConfig, data_sha256: str) -> None:
+        """See that all ranks mean the same run: there is one."""
+
+    def hears_of_stops(self) -> AbstractContextManager[None]:
+        return nullcontext()  # a signal ends the process as it always does
+
+    def asked_to_stop(self) -> bool:
+        return False
+
+    def describe(self) -> str:
+        return f"one process, {self.model.count_params():,} parameters"
 
 
 def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:

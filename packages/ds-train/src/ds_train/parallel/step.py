@@ -1,0 +1,333 @@
+"""One optimizer step on many ranks, as one compiled graph on each.
+
+What a rank computes is what `TrainStep` computes, cut differently: its micro-batches through its
+part of the model, in the order of the schedule; gradients summed over who holds the same weights;
+then sums over all ranks of what belongs to the whole step: the gradient's norm, losses, loads.
+
+Shape letters: N micro-batches, B sequences of a micro-batch, S sequence, D hidden_size, L expert
+layers of the whole model, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import keras
+import tensorflow as tf
+
+from ds_model import CausalLM, ModelOutput
+from ds_moe import Routing, update_biases
+from ds_precision import WeightGradients, defer_weight_gradients
+from ds_train.config import TrainConfig
+from ds_train.losses import balance_loss, mtp_loss, next_token_loss
+from ds_train.parallel.layout import Layout
+from ds_train.parallel.schedules import Exchange, Slot, Work
+from ds_train.parallel.update import Update
+from ds_train.parallel.world import World
+from ds_train.step import StepOutput, clip_to
+
+_PARTS = ("cross_entropy", "mtp_cross_entropy", "balance_loss")
+
+
+class ParallelStep:
+    """The training step of one rank.
+
+    Args:
+        model: this rank's part.
+        update: sums gradients and changes the weights.
+        config: loss weights, clipping.
+        layout: who holds what, and the schedule.
+        world: this rank's.
+
+    Attributes:
+        compiled: `step` as a graph.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        update: Update,
+        config: TrainConfig,
+        layout: Layout,
+        world: World,
+    ) -> None:
+        self._model = model
+        self._update = update
+        self._config = config
+        self._layout = layout
+        self._world = world
+        self._program = layout.schedule.programs()[world.place.pp]
+        self._split = any(
+            work.kind == "I" for slots in layout.schedule.ranks for slot in slots for work in slot
+        )
+        self.compiled = tf.function(self.step, autograph=False)
+
+    def step(self, tokens_NBS: tf.Tensor) -> StepOutput:
+        """Do one optimizer step.
+
+        Args:
+            tokens_NBS: `[N, B, S + 1]` int32, static shape: this rank's share of the batch, the
+                same for all ranks of one pipeline.
+
+        Returns:
+            Losses are means and loads are sums over the whole batch, the same on all ranks.
+        """
+        run = _Micros(self, tokens_NBS)
+        for item in self._program:
+            if isinstance(item, Exchange):
+                run.exchange(item)
+            else:
+                run.compute(item)
+        count = tokens_NBS.shape[0] * self._world.mesh.data_ranks
+        reduced, squares = self._update.reduce(run.gradients)
+        mine = tf.concat([[squares], run.parts, tf.reshape(run.loads, [-1])], axis=0)
+        total = self._world.all.all_reduce(mine)
+        squares, parts, loads = tf.split(total, [1, len(_PARTS), tf.size(run.loads)])
+        loads = tf.reshape(loads, run.loads.shape)
+
+        scalars = dict(zip(_PARTS, tf.unstack(parts / count), strict=True))
+        table, weight = self._config.loss, self.mtp_weight()
+        scalars["loss"] = (
+            scalars["cross_entropy"]
+            + weight * scalars["mtp_cross_entropy"]
+            + table.balance_alpha * scalars["balance_loss"]
+        )
+        norm = tf.sqrt(squares[0]) / count
+        scale = clip_to(norm, self._config.optimizer.clip_norm) / count
+        optimizer = self._update.optimizer
+        step = tf.cast(optimizer.iterations, tf.float32)
+        scalars["gradient_norm"] = norm
+        scalars["learning_rate"] = tf.cast(optimizer.learning_rate, tf.float32)
+        scalars["loss_scale"] = scalars["applied"] = tf.constant(1.0)
+        self._update.apply(reduced, scale)
+        self._balance(loads, step)
+        return StepOutput(scalars, loads)
+
+    def mtp_weight(self) -> tf.Tensor:
+        """Return lambda of eq. 25 at this step."""
+        table, steps = self._config.loss, self._config.train.steps
+        late = tf.cast(self._update.optimizer.iterations, tf.float32)
+        return tf.where(
+            late >= table.mtp_late_from * steps, table.mtp_weight_late, table.mtp_weight
+        )
+
+    def _balance(self, loads: tf.Tensor, step: tf.Tensor) -> None:
+        table, steps = self._config.loss, self._config.train.steps
+        here = [
+            (layer.gate, load)
+            for layer, load in zip(self._model.moe_layers, tf.unstack(loads), strict=True)
+            if layer.built
+        ]
+        if not here or table.bias_update_speed == 0:
+            return
+        moving = step < table.bias_update_until * steps
+        speed = tf.where(moving, table.bias_update_speed, 0.0)
+        update_biases([gate for gate, _ in here], [load for _, load in here], speed)
+
+
+class _Forward(NamedTuple):
+    """What a forward pass leaves for its backward one.
+
+    Attributes:
+        tape: has seen it.
+        source: what came in, `[B, S, D]`; None where tokens did.
+        results: what gradients come back to: what goes out, then this part's own loss.
+        later: where weights' gradients wait; None where they do not.
+    """
+
+    tape: tf.GradientTape
+    source: tf.Tensor | None
+    results: list[tf.Tensor]
+    later: WeightGradients | None
+
+
+class _Micros:
+    """The micro-batches of one step, as they are traced.
+
+    Attributes:
+        gradients: one a weight of this rank: sums over micro-batches.
+        parts: `[3]` float32: sums of the losses that arose here.
+        loads: `[L, E]` float32: sums of the loads that arose here.
+    """
+
+    def __init__(self, step: ParallelStep, tokens_NBS: tf.Tensor) -> None:
+        self._step = step
+        self._model: CausalLM = step._model  # noqa: SLF001 - one idea in two classes
+        self._world: World = step._world  # noqa: SLF001
+        self._layout: Layout = step._layout  # noqa: SLF001
+        self._table = step._config.loss  # noqa: SLF001
+        self._recompute = step._config.train.recompute  # noqa: SLF001
+        self._tokens = tokens_NBS
+        self._weights: list[keras.Variable] = list(self._model.trainable_variables)
+        self._at = {id(weight): i for i, weight in enumerate(self._weights)}
+        self._sums: list[tf.Tensor | None] = [None] * len(self._weights)
+        self._forwards: dict[Work, _Forward] = {}
+        self._arrived: dict[Work, tf.Tensor] = {}
+        self._leaving: dict[Work, tf.Tensor] = {}
+        self._after: list[tf.Tensor] = []
+        layers = self._model.moe_layers
+        experts = layers[0].config.n_routed_experts if layers else 0
+        self._places = self._places_of_layers()
+        self.loads = tf.zeros([len(layers), experts])
+        self.parts = tf.zeros([len(_PARTS)])
+
+    @property
+    def gradients(self) -> list[tf.Tensor]:
+        """One a weight; zeros where no loss reaches it."""
+        return [
+            tf.zeros(weight.shape, weight.dtype) if total is None else total
+            for total, weight in zip(self._sums, self._weights, strict=True)
+        ]
+
+    def compute(self, slot: Slot) -> None:
+        """Do the works of a slot, after those of the slot before."""
+        do = {"F": self._forward, "B": self._backward, "I": self._backward, "W": self._later}
+        ends = [end for work in slot for end in do[work.kind](work)]
+        self._after = ends
+
+    def exchange(self, item: Exchange) -> None:
+        """Give a neighbour what is ready for it, and take what it has."""
+        sent = [self._leaving.pop(work) for work in item.send]
+        rows = max(len(item.send), len(item.receive))
+        sent += [tf.zeros(self._shape, self._dtype)] * (rows - len(sent))
+        world = self._world
+        place = world.place
+        peer = world.mesh.rank(place._replace(pp=item.peer))
+        pair = world.ranks(world.mesh.pair(world.rank, peer))
+        received = tf.unstack(pair.swap(tf.stack(sent)))
+        for work, tensor in zip(item.receive, received, strict=False):
+            self._arrived[work] = tensor
+
+    @property
+    def _shape(self) -> list[int]:
+        batch, length = self._tokens.shape[1:]
+        return [batch, length - 1, self._model.config.hidden_size]
+
+    @property
+    def _dtype(self) -> str:
+        return self._model.compute_dtype
+
+    def _places_of_layers(self) -> dict[int, int]:
+        """Return the place of each block among the layers with experts."""
+        moe = [i for i, block in enumerate(self._model.blocks) if block.moe]
+        return {block: place for place, block in enumerate(moe)}
+
+    def _wait(self, tensor: tf.Tensor) -> tf.Tensor:
+        """Return the tensor, once the slot before is done: what is made of it runs after that."""
+        with tf.control_dependencies(self._after):
+            return tf.identity(tensor)
+
+    def _forward(self, work: Work) -> list[tf.Tensor]:
+        layout, model = self._layout, self._model
+        blocks = layout.blocks[work.stage]
+        tokens_BS = self._wait(self._tokens[work.micro_batch])
+        ids_BS = tokens_BS[:, :-1]
+        before = work._replace(stage=work.stage - 1)
+        source = None if work.stage == 0 else self._wait(self._arrived.pop(before))
+        # Recomputed blocks run their forward pass within the backward one, all at once.
+        split = self._step._split and self._recompute == "none"  # noqa: SLF001
+        later = WeightGradients() if split else None
+        with tf.GradientTape() as tape:
+            if source is None:
+                h = model.embed_tokens(ids_BS)
+            else:
+                tape.watch(source)
+                h = source
+            with _deferring(later):
+                h, routings = model.run_blocks(h, None, self._recompute, blocks)
+                places = [self._places[block] for block in blocks if block in self._places]
+                results = []
+                if work.stage == layout.last_stage:
+                    output = model.finish(h, ids_BS, mtp=bool(model.mtp), recompute=self._recompute)
+                    routings = (*routings, *output.routings)
+                    places += range(len(self._places), len(model.moe_layers))
+                    losses = self._losses(output, tokens_BS)
+                else:
+                    results.append(h)
+                    losses = [tf.constant(0.0), tf.constant(0.0)]
+                losses.append(balance_loss(routings, tf.shape(tokens_BS)[0]))
+                results.append(
+                    losses[0]
+                    + self._step.mtp_weight() * losses[1]
+                    + self._table.balance_alpha * losses[2]
+                )
+        self._forwards[work] = _Forward(tape, source, results, later)
+        self._count(losses, places, routings)
+        if work.stage != layout.last_stage:
+            self._leave(work, results[0])
+        return results
+
+    def _losses(self, output: ModelOutput, tokens_BS: tf.Tensor) -> list[tf.Tensor]:
+        return [next_token_loss(output.logits, tokens_BS), mtp_loss(output.mtp_logits, tokens_BS)]
+
+    def _count(
+        self, losses: Sequence[tf.Tensor], places: Sequence[int], routings: Sequence[Routing]
+    ) -> None:
+        self.parts += tf.stack([tf.stop_gradient(loss) for loss in losses])
+        if routings:
+            at = tf.constant([[place] for place in places])
+            loads = tf.stack([routing.load for routing in routings])
+            self.loads = tf.tensor_scatter_nd_add(self.loads, at, loads)
+
+    def _leave(self, work: Work, tensor: tf.Tensor) -> None:
+        """Put a result where the next stage finds it: here, or at a neighbour."""
+        schedule = self._layout.schedule
+        stage = schedule.goes_to(work)
+        if stage is None:
+            return
+        here = schedule.rank_of(stage, work.direction) == self._world.place.pp
+        (self._arrived if here else self._leaving)[work] = tensor
+
+    def _backward(self, work: Work) -> list[tf.Tensor]:
+        """Do a B, or an I: what waits in `later` is computed now, or in the W."""
+        found = self._forwards[work._replace(kind="F")]
+        returned = [tf.ones_like(found.results[-1])]
+        if len(found.results) > 1:
+            returned.insert(0, self._gradient_for(work))
+        returned = [self._wait(tensor) for tensor in returned]
+        sources = [*([] if found.source is None else [found.source]), *self._weights]
+        gradients = found.tape.gradient(found.results, sources, output_gradients=returned)
+        ends = []
+        if found.source is not None:
+            dx, gradients = gradients[0], gradients[1:]
+            self._leave(work, dx)
+            ends.append(dx)
+        for i, gradient in enumerate(gradients):
+            if gradient is not None:
+                self._add(i, tf.convert_to_tensor(gradient), ends)
+        if work.kind == "B" and found.later is not None:
+            ends += self._add_later(found.later)
+        if work.kind == "B":
+            del self._forwards[work._replace(kind="F")]
+        return ends
+
+    def _gradient_for(self, work: Work) -> tf.Tensor:
+        after = work.stage + 1
+        for kind in ("B", "I"):
+            if (key := work._replace(kind=kind, stage=after)) in self._arrived:
+                return self._arrived.pop(key)
+        raise AssertionError(f"no gradient has come for {work}")
+
+    def _later(self, work: Work) -> list[tf.Tensor]:
+        found = self._forwards.pop(work._replace(kind="F"))
+        if found.later is None:
+            return self._after
+        with tf.control_dependencies(self._after):
+            return self._add_later(found.later) or self._after
+
+    def _add_later(self, later: WeightGradients) -> list[tf.Tensor]:
+        ends: list[tf.Tensor] = []
+        for weight, gradient in later.compute():
+            self._add(self._at[id(weight)], gradient, ends)
+        return ends
+
+    def _add(self, at: int, gradient: tf.Tensor, ends: list[tf.Tensor]) -> None:
+        total = self._sums[at]
+        self._sums[at] = gradient if total is None else total + gradient
+        ends.append(self._sums[at])
+
+
+def _deferring(later: WeightGradients | None) -> AbstractContextManager[None]:
+    return nullcontext() if later is None else defer_weight_gradients(later)
