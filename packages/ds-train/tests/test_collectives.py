@@ -7,11 +7,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from conftest import CUT, tables
-from ds_train import AdamW, TrainConfig, TrainConfigError
-from ds_train.parallel import Engine, Mesh, Ranks, World
+from conftest import CUT, losses, tables, tokens
+from ds_model import CausalLM
+from ds_train import AdamW, TrainConfig, TrainConfigError, Trainer, TrainError
+from ds_train.checkpoint import weight_name
+from ds_train.parallel import Engine, LostRankError, Mesh, Ranks, World
 from ds_train.parallel.share import RankShare
+from ds_train.parallel.worker import guarded
 from ds_train.parallel.world import lost
+from ds_train.trainer import Stopped
 
 COLLECTIVES = ("CollectiveReduceV2", "CollectiveGatherV2", "CollectiveAllToAllV2")
 
@@ -33,12 +37,17 @@ def traced(config, rank):
     share = RankShare(config, config.model.build(), AdamW(config.learning_rate()), world)
     spec = tf.TensorSpec([config.train.accumulation, 1, 17], tf.int32)
     graph = share._step.compiled.get_concrete_function(spec).graph
-    return world, graph
+    return world, graph, share
 
 
 @pytest.fixture(scope="module")
-def ranks():
+def made():
     return [traced(config_of(), rank) for rank in range(4)]
+
+
+@pytest.fixture(scope="module")
+def ranks(made):
+    return [(world, graph) for world, graph, _ in made]
 
 
 def test_members_of_a_group_mean_the_same_by_each_key(ranks):
@@ -75,6 +84,76 @@ def test_the_graph_runs_them_in_the_order_in_which_they_were_traced(ranks):
         assert [op.type for op in found] == [entry.operation for entry in world.engine.record]
         for before, after in itertools.pairwise(found):
             assert before in after.control_inputs
+
+
+def test_what_ranks_save_is_every_number_once(made):
+    config = config_of()
+    keras.utils.set_random_seed(0)
+    whole = CausalLM(config.model.build())
+    shapes = {weight_name(variable): tuple(variable.shape) for variable in whole.variables}
+    trained = {weight_name(variable) for variable in whole.trainable_variables}
+    saved, needed = {}, {}
+    for _, _, share in made:
+        for found, to_save in ((saved, True), (needed, False)):
+            for pieces in share.contents(to_save).values():
+                for piece in pieces:
+                    found.setdefault(piece.name, []).append(piece)
+    kinds = {f"{kind}/{name}" for kind in ("momentum", "velocity") for name in trained}
+    assert saved.keys() == needed.keys() == {"iterations"} | shapes.keys() | kinds
+    assert len(saved.pop("iterations")) == 1
+    assert len(needed["iterations"]) == 4
+    for name, pieces in saved.items():
+        shape = shapes[name.removeprefix("momentum/").removeprefix("velocity/")]
+        count = np.zeros(int(np.prod(shape)), int)
+        for piece in pieces:
+            assert piece.shape == shape
+            count[piece.start : piece.start + piece.count] += 1
+        assert (count == 1).all(), name
+    # And a rank's weights are those of the whole model, drawn alike.
+    for _, _, share in made:
+        for piece in share.contents(to_save=False)["model"]:
+            values = next(v for v in whole.variables if weight_name(v) == piece.name).numpy()
+            mine = piece.variable.numpy().reshape(-1)
+            here = values.reshape(-1)[piece.start : piece.start + piece.count]
+            np.testing.assert_array_equal(mine, here, err_msg=piece.name)
+
+
+def test_ranks_say_what_they_hold(made):
+    said = [share.describe() for _, _, share in made]
+    assert "pipeline 0 of 2, experts 1 of 2" in said[1]
+    assert "stage 1 (blocks 3)" in said[2]
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_one_rank_is_one_process(zero, tmp_path):
+    """Without peers: the step, the update, what is saved and read again."""
+    config = TrainConfig.from_dict(tables(parallel={"zero": zero}, train={"accumulation": 2}))
+    alone = Trainer(config, tokens(), tmp_path / "alone")
+    alone.train()
+    for _ in range(2):  # the second time it reads what the first saved
+        rank = Trainer(config, tokens(), tmp_path / "rank", world=World(Mesh(), 0))
+        rank.train()
+        for ours, theirs in zip(rank.model.variables, alone.model.variables, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(losses(tmp_path / "rank"), losses(tmp_path / "alone"), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (None, 0, ""),
+        (TrainError("no\n text"), 2, "rank 3: no text"),
+        (LostRankError("lost rank 2"), 3, "rank 3: lost rank 2"),
+        (Stopped("told to stop; step 5 is saved"), 4, "rank 3: told to stop; step 5 is saved"),
+    ],
+)
+def test_a_rank_ends_with_a_line_and_a_code(raised, code, said, capsys):
+    def work():
+        if raised is not None:
+            raise raised
+
+    assert guarded(lambda: "rank 3", work) == code
+    assert capsys.readouterr().out.strip() == said
 
 
 def test_alone_nothing_is_exchanged():

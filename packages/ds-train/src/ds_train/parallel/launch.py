@@ -161,16 +161,23 @@ def _watch(ranks: list[_Rank]) -> None:
 
 def _cause(ranks: list[_Rank], first: _Rank) -> str:
     """Say which rank's end was not the consequence of another's."""
-    codes = {rank.rank: rank.process.poll() for rank in ranks}
-    if STOPPED in codes.values():
-        stopped = next(rank for rank in ranks if codes[rank.rank] == STOPPED)
-        return stopped.why()
-    for wanted in (lambda code: code is not None and code < 0, lambda code: code is None):
-        for rank in ranks:
-            if wanted(codes[rank.rank]):
-                return f"{rank.why()}; the same command goes on from the last checkpoint"
-    others = [rank for rank in ranks if codes[rank.rank] not in (DONE, LOST)]
-    wrong = [rank for rank in others if codes[rank.rank] == BAD_INPUT]
+    codes = {rank: rank.process.poll() for rank in ranks}
+    for rank, code in codes.items():
+        if code == STOPPED:
+            return rank.why()
+    lost = [rank for rank, code in codes.items() if code is None or code < 0]
+    # TensorFlow aborts a process whose peers are gone: that is a consequence.
+    lost.sort(
+        key=lambda rank: (
+            codes[rank] == -signal.SIGABRT,
+            codes[rank] is None,
+            rank is not first,
+        )
+    )
+    if lost:
+        return f"{lost[0].why()}; the same command goes on from the last checkpoint"
+    wrong = [rank for rank, code in codes.items() if code == BAD_INPUT]
+    others = [rank for rank, code in codes.items() if code not in (DONE, LOST)]
     return (wrong or others or [first])[0].why()
 
 
