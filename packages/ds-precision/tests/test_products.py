@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from ds_precision import fused_attention, fused_experts, matmul, use_kernels
 from ds_precision.kernels import kernels
+from ds_precision.products import multiply_outer
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="no compiled operations here")
 few = settings(deadline=None, max_examples=25)
@@ -141,6 +143,15 @@ def test_an_expert_that_no_token_is_sent_to_gets_a_gradient_of_zeros(x_type):
     for gradient in tape.gradient(total, [gate_up, down]):
         assert np.abs(gradient.numpy()[1]).max() > 0
         assert not gradient.numpy()[[0, 2]].any()
+
+
+@pytest.mark.parametrize("x_type", [tf.float32, tf.bfloat16])
+def test_nothing_is_the_first_that_a_thread_multiplies(x_type):
+    """An expert without tokens: a thread that has no memory of its own yet would read none."""
+    x, dy = tf.zeros([0, 64], x_type), tf.zeros([0, 48], x_type)
+    with ThreadPoolExecutor(1) as fresh:
+        product = fresh.submit(multiply_outer, x, dy).result()
+    np.testing.assert_array_equal(product, np.zeros((64, 48)))
 
 
 def test_experts_name_an_index_out_of_range():

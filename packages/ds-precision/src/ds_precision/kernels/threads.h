@@ -93,14 +93,15 @@ class Threads {
   int started_ = 0, allowed_ = 1;
 };
 
-// A thread's own buffers; they grow to the largest size asked for. 0: the left side of a product,
-// 1: its panels, 2 and on: what an operation keeps between its products.
+// A thread's own buffers; they grow to the largest size asked for, and are never null: an expert
+// without tokens asks for none. 0: the left side of a product, 1: its panels, 2 and on: what an
+// operation keeps between its products.
 float* scratch(int which, int64_t count) {
   struct Free { void operator()(float* p) const { std::free(p); } };
   thread_local std::unique_ptr<float, Free> buffers[5];
   thread_local int64_t sizes[5] = {};
-  if (sizes[which] < count) {
-    const int64_t bytes = (count * 4 + 63) / 64 * 64;
+  if (!buffers[which] || sizes[which] < count) {
+    const int64_t bytes = std::max<int64_t>(64, (count * 4 + 63) / 64 * 64);
     buffers[which].reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
     sizes[which] = count;
   }
