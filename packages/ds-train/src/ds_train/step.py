@@ -17,7 +17,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from ds_model import CausalLM
-from ds_moe import update_biases
+from ds_moe import MixtureOfExperts, update_biases
 from ds_precision import fused_square_sum, use_kernels
 from ds_train.config import TrainConfig
 from ds_train.losses import pretraining_loss
@@ -115,10 +115,10 @@ class TrainStep:
         scalars["loss_scale"] = tf.identity(self.loss_scale)
 
         def update() -> tf.Tensor:
-            step = tf.cast(self._optimizer.iterations, tf.float32)
+            step = tf.identity(self._optimizer.iterations)  # before the update counts one more
             # Keras' optimizer sums over replicas; these are already the same on all of them.
             self._optimizer.apply(gradients, scale=scale / replicas)
-            self._balance(loads, step)
+            balance(self._model.moe_layers, loads, self._config, step)
             return tf.constant(1.0)
 
         if self._skips:
@@ -169,7 +169,10 @@ class TrainStep:
                 recompute=self._config.train.recompute,
             )
             loss, parts = pretraining_loss(
-                output, tokens_BS, self._mtp_weight(), table.balance_alpha
+                output,
+                tokens_BS,
+                mtp_weight(self._config, self._optimizer.iterations),
+                table.balance_alpha,
             )
             scaled = loss * self.loss_scale if self._scales_loss else loss
         gradients = tape.gradient(
@@ -181,20 +184,28 @@ class TrainStep:
             {"loss": loss, **parts},
         )
 
-    def _mtp_weight(self) -> tf.Tensor:
-        table, steps = self._config.loss, self._config.train.steps
-        late = tf.cast(self._optimizer.iterations, tf.float32) >= table.mtp_late_from * steps
-        return tf.where(late, table.mtp_weight_late, table.mtp_weight)
 
-    def _balance(self, loads: Sequence[tf.Tensor], step: tf.Tensor) -> None:
-        table, steps = self._config.loss, self._config.train.steps
-        if not loads or table.bias_update_speed == 0:
-            return
-        # The paper stops moving the biases for the last 500B of 14.8T tokens.
-        moving = step < table.bias_update_until * steps
-        speed = tf.where(moving, table.bias_update_speed, 0.0)
-        routers = [layer.gate for layer in self._model.moe_layers]
-        update_biases(routers, loads, speed)  # sums the loads over replicas itself
+def mtp_weight(config: TrainConfig, iterations: tf.Tensor) -> tf.Tensor:
+    """Returns lambda of eq. 25 (arXiv 2412.19437) after so many optimizer steps, a scalar."""
+    table = config.loss
+    late = tf.cast(iterations, tf.float32) >= table.mtp_late_from * config.train.steps
+    return tf.where(late, table.mtp_weight_late, table.mtp_weight)
+
+
+def balance(
+    layers: Sequence[MixtureOfExperts],
+    loads: Sequence[tf.Tensor],
+    config: TrainConfig,
+    iterations: tf.Tensor,
+) -> None:
+    """Moves the biases of expert layers' routers; one load `[E]` a layer, of the whole step."""
+    table = config.loss
+    if not loads or table.bias_update_speed == 0:
+        return
+    # The paper stops moving the biases for the last 500B of 14.8T tokens.
+    moving = tf.cast(iterations, tf.float32) < table.bias_update_until * config.train.steps
+    speed = tf.where(moving, table.bias_update_speed, 0.0)
+    update_biases([layer.gate for layer in layers], loads, speed)  # sums over replicas itself
 
 
 def clip_scale(
@@ -211,12 +222,18 @@ def clip_scale(
         `share * min(1, clip_norm / (norm + 1e-6))` and `norm`, that of `share * gradients`;
         float32 scalars.
     """
-    fused = use_kernels(*gradients) and all(g.dtype == tf.float32 for g in gradients)
-    found = tf.sqrt(fused_square_sum(gradients)) if fused else tf.linalg.global_norm(gradients)
-    norm = share * tf.cast(found, tf.float32)
+    found = tf.sqrt(square_sum(gradients))
+    norm = share * found
     return share * clip_to(norm, clip_norm), norm
 
 
 def clip_to(norm: tf.Tensor, clip_norm: float) -> tf.Tensor:
     """Return `min(1, clip_norm / (norm + 1e-6))`, what torch multiplies gradients by."""
     return tf.minimum(1.0, clip_norm / (norm + 1e-6))
+
+
+def square_sum(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Returns the sum of the squares of all numbers of tensors of any shapes, a float32 scalar."""
+    if use_kernels(*tensors) and all(tensor.dtype == tf.float32 for tensor in tensors):
+        return fused_square_sum(tensors)
+    return tf.cast(tf.square(tf.linalg.global_norm(tensors)), tf.float32)

@@ -108,6 +108,11 @@ class Schedule:
     micro_batches: int
     ranks: tuple[tuple[Slot, ...], ...]
 
+    @property
+    def splits(self) -> bool:
+        """Whether any backward pass comes in two halves."""
+        return any(work.kind == "I" for slots in self.ranks for slot in slots for work in slot)
+
     def rank_of(self, stage: int, direction: int) -> int:
         """Return who holds a stage."""
         ranks = len(self.ranks)

@@ -18,7 +18,7 @@ import keras
 import tensorflow as tf
 
 from ds_model import CausalLM, ModelOutput
-from ds_moe import Routing, update_biases
+from ds_moe import Routing
 from ds_precision import WeightGradients, defer_weight_gradients
 from ds_train.config import TrainConfig
 from ds_train.losses import balance_loss, mtp_loss, next_token_loss
@@ -26,7 +26,7 @@ from ds_train.parallel.layout import Layout
 from ds_train.parallel.schedules import Exchange, Slot, Work
 from ds_train.parallel.update import Update
 from ds_train.parallel.world import World
-from ds_train.step import StepOutput, clip_to
+from ds_train.step import StepOutput, balance, clip_to, mtp_weight
 
 _PARTS = ("cross_entropy", "mtp_cross_entropy", "balance_loss")
 
@@ -59,9 +59,6 @@ class ParallelStep:
         self._layout = layout
         self._world = world
         self._program = layout.schedule.programs()[world.place.pp]
-        self._split = any(
-            work.kind == "I" for slots in layout.schedule.ranks for slot in slots for work in slot
-        )
         self.compiled = tf.function(self.step, autograph=False)
 
     def step(self, tokens_NBS: tf.Tensor) -> StepOutput:
@@ -74,7 +71,9 @@ class ParallelStep:
         Returns:
             Losses are means and loads are sums over the whole batch, the same on all ranks.
         """
-        run = _Micros(self, tokens_NBS)
+        iterations = tf.identity(self._update.optimizer.iterations)
+        weight = mtp_weight(self._config, iterations)
+        run = _Micros(self._model, self._config, self._layout, self._world, weight, tokens_NBS)
         for item in self._program:
             if isinstance(item, Exchange):
                 run.exchange(item)
@@ -88,7 +87,7 @@ class ParallelStep:
         loads = tf.reshape(loads, run.loads.shape)
 
         scalars = dict(zip(_PARTS, tf.unstack(parts / count), strict=True))
-        table, weight = self._config.loss, self.mtp_weight()
+        table = self._config.loss
         scalars["loss"] = (
             scalars["cross_entropy"]
             + weight * scalars["mtp_cross_entropy"]
@@ -97,34 +96,14 @@ class ParallelStep:
         norm = tf.sqrt(squares[0]) / count
         scale = clip_to(norm, self._config.optimizer.clip_norm) / count
         optimizer = self._update.optimizer
-        step = tf.cast(optimizer.iterations, tf.float32)
         scalars["gradient_norm"] = norm
         scalars["learning_rate"] = tf.cast(optimizer.learning_rate, tf.float32)
         scalars["loss_scale"] = scalars["applied"] = tf.constant(1.0)
         self._update.apply(reduced, scale)
-        self._balance(loads, step)
+        layers = zip(self._model.moe_layers, tf.unstack(loads), strict=True)
+        here = [(layer, load) for layer, load in layers if layer.built]
+        balance([layer for layer, _ in here], [load for _, load in here], self._config, iterations)
         return StepOutput(scalars, loads)
-
-    def mtp_weight(self) -> tf.Tensor:
-        """Return lambda of eq. 25 at this step."""
-        table, steps = self._config.loss, self._config.train.steps
-        late = tf.cast(self._update.optimizer.iterations, tf.float32)
-        return tf.where(
-            late >= table.mtp_late_from * steps, table.mtp_weight_late, table.mtp_weight
-        )
-
-    def _balance(self, loads: tf.Tensor, step: tf.Tensor) -> None:
-        table, steps = self._config.loss, self._config.train.steps
-        here = [
-            (layer.gate, load)
-            for layer, load in zip(self._model.moe_layers, tf.unstack(loads), strict=True)
-            if layer.built
-        ]
-        if not here or table.bias_update_speed == 0:
-            return
-        moving = step < table.bias_update_until * steps
-        speed = tf.where(moving, table.bias_update_speed, 0.0)
-        update_biases([gate for gate, _ in here], [load for _, load in here], speed)
 
 
 class _Forward(NamedTuple):
@@ -152,13 +131,23 @@ class _Micros:
         loads: `[L, E]` float32: sums of the loads that arose here.
     """
 
-    def __init__(self, step: ParallelStep, tokens_NBS: tf.Tensor) -> None:
-        self._step = step
-        self._model: CausalLM = step._model  # noqa: SLF001 - one idea in two classes
-        self._world: World = step._world  # noqa: SLF001
-        self._layout: Layout = step._layout  # noqa: SLF001
-        self._table = step._config.loss  # noqa: SLF001
-        self._recompute = step._config.train.recompute  # noqa: SLF001
+    def __init__(
+        self,
+        model: CausalLM,
+        config: TrainConfig,
+        layout: Layout,
+        world: World,
+        mtp_weight: tf.Tensor,
+        tokens_NBS: tf.Tensor,
+    ) -> None:
+        self._model = model
+        self._world = world
+        self._layout = layout
+        self._mtp_weight = mtp_weight
+        self._balance_alpha = config.loss.balance_alpha
+        self._recompute = config.train.recompute
+        # Recomputed blocks run their forward pass within the backward one, all at once.
+        self._split = layout.schedule.splits and self._recompute == "none"
         self._tokens = tokens_NBS
         self._weights: list[keras.Variable] = list(self._model.trainable_variables)
         self._at = {id(weight): i for i, weight in enumerate(self._weights)}
@@ -226,9 +215,7 @@ class _Micros:
         ids_BS = tokens_BS[:, :-1]
         before = work._replace(stage=work.stage - 1)
         source = None if work.stage == 0 else self._wait(self._arrived.pop(before))
-        # Recomputed blocks run their forward pass within the backward one, all at once.
-        split = self._step._split and self._recompute == "none"  # noqa: SLF001
-        later = WeightGradients() if split else None
+        later = WeightGradients() if self._split else None
         with tf.GradientTape() as tape:
             if source is None:
                 h = model.embed_tokens(ids_BS)
@@ -249,9 +236,7 @@ class _Micros:
                     losses = [tf.constant(0.0), tf.constant(0.0)]
                 losses.append(balance_loss(routings, tf.shape(tokens_BS)[0]))
                 results.append(
-                    losses[0]
-                    + self._step.mtp_weight() * losses[1]
-                    + self._table.balance_alpha * losses[2]
+                    losses[0] + self._mtp_weight * losses[1] + self._balance_alpha * losses[2]
                 )
         self._forwards[work] = _Forward(tape, source, results, later)
         self._count(losses, places, routings)

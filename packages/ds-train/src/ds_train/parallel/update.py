@@ -18,12 +18,12 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from ds_precision import fused_square_sum, use_kernels
 from ds_train.checkpoint import Piece, weight_name
 from ds_train.optimizer import AdamW
 from ds_train.parallel.collectives import Ranks
 from ds_train.parallel.layout import Layout, is_expert
 from ds_train.parallel.world import World
+from ds_train.step import square_sum
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class WholeUpdate(Update):
             mine = [gradients[i] for i in row.at]
             if row.ranks.size > 1:
                 mine = row.apart(row.ranks.all_reduce(row.flat(mine)))
-            squares.append(_square_sum(mine) / row.ranks.size)
+            squares.append(square_sum(mine) / row.ranks.size)
             for i, gradient in zip(row.at, mine, strict=True):
                 found[i] = gradient
         return found, tf.add_n(squares)
@@ -219,7 +219,7 @@ class ShardedUpdate(Update):
             mine = row.ranks.reduce_scatter(row.flat([gradients[i] for i in row.at]))
             found.append(self._shaped(row, mine))
         found += [gradients[i] for i in self._own]
-        return found, _square_sum(found)
+        return found, square_sum(found)
 
     def apply(self, reduced: Sequence[tf.Tensor], scale: tf.Tensor) -> None:
         """Update this rank's share, then exchange what is new; see `Update`."""
@@ -270,9 +270,3 @@ class ShardedUpdate(Update):
     def _shaped(self, row: _Row, share: tf.Tensor) -> tf.Tensor:
         """Make it a matrix of one row where the weights are matrices: AdamW decays those."""
         return share[None] if len(row.weights[0].shape) > 1 else share
-
-
-def _square_sum(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
-    if use_kernels(*tensors) and all(tensor.dtype == tf.float32 for tensor in tensors):
-        return fused_square_sum(tensors)
-    return tf.cast(tf.square(tf.linalg.global_norm(tensors)), tf.float32)
