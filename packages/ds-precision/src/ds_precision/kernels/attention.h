@@ -25,7 +25,7 @@ struct Attention {
   int64_t batch, queries, keys, heads, nope, rope, value;
 
   int64_t wide() const { return nope + rope; }
-  bool tiled() const { return type == Type::kBfloat16 && has_matrix_unit(); }
+  bool tiled() const { return type == Type::kBfloat16 && has_pairs(); }
   int64_t place(int64_t b, int64_t s) const { return (one_row ? 0 : b) * queries + s; }
   View key_rows(int64_t b, int64_t h) const { return rows(kv, b, h, keys, nope + value, 0); }
   View value_rows(int64_t b, int64_t h) const { return rows(kv, b, h, keys, nope + value, nope); }
@@ -43,8 +43,8 @@ constexpr int64_t kMostRope = 512;
 
 int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
 
-// The right side of products, packed once for many: panels of 32 columns, as float32 or as the
-// matrix unit's tiles.
+// The right side of products, packed once for many: panels of 32 columns, as float32 or as
+// tiles of pairs.
 class Packed {
  public:
   static int64_t size(int64_t inner, int64_t columns) {  // in float32, whichever way

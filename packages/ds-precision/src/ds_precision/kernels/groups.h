@@ -5,7 +5,7 @@
 
 #pragma once
 
-#include "amx.h"
+#include "pairs.h"
 
 namespace ds {
 
@@ -65,7 +65,7 @@ void grouped(const Groups& g, const Put& put) {
 // Group by group within a share of the columns, so that `put` may add to what other groups wrote.
 void grouped_in_order(const Groups& g, const Put& put) {
   // A left side is packed into tiles once for each part, so the fewer the better.
-  const bool tiled = for_matrix_unit(g.a, g.b, g.offsets[g.count]);
+  const bool tiled = in_pairs(g.a, g.b, g.offsets[g.count]);
   const int64_t parts = (tiled ? 1 : 2) * Threads::shared().count();
   const int64_t share = std::max<int64_t>(1, (g.columns / parts + kPanel - 1) / kPanel) * kPanel;
   Threads::shared().run((g.columns + share - 1) / share, [&](int64_t i) {
@@ -93,7 +93,7 @@ inline void each(int64_t column, Vec first, Vec second, int64_t count, const Vis
 // One matrix `[E, M, N]` for each group of rows: a_e^T b_e, where a_e is `[rows, M]`.
 void grouped_outer(const View& a, const View& b, int64_t m, int64_t n, int64_t count,
                    const int32_t* offsets, Type type, char* out) {
-  const bool tiled = for_matrix_unit(a, b, m), few = count < 3 * Threads::shared().count();
+  const bool tiled = in_pairs(a, b, m), few = count < 3 * Threads::shared().count();
   const int64_t share = tiled && !few ? n : 8 * kPanel, block = block_of(m);
   const int64_t across = (n + share - 1) / share, down = (m + block - 1) / block;
   Threads::shared().run(count * across * down, [&](int64_t i) {

@@ -1,18 +1,21 @@
-// Products of bfloat16 on the matrix unit that newer x86 processors have (AMX): one instruction
-// multiplies 16 rows by 16 columns over 32 numbers of the inner size, and sums in float32.
+// Products of bfloat16 by the instructions that newer x86 processors have for them, which multiply
+// pairs of neighbours of the inner size and sum in float32. On a matrix unit (AMX) one instruction
+// does 16 rows by 16 columns over 32 numbers, elsewhere (AVX-512 BF16) one row over 2.
 //
-// Both sides are packed into tiles of a kilobyte, zeros beyond their edges. On the right, two
-// neighbours of the inner size lie side by side, as the instruction wants them.
+// Both sides are packed into tiles of a kilobyte, zeros beyond their edges. On the right, the two
+// of a pair lie side by side, as either instruction wants them.
 
 #pragma once
 
 #include "tiles.h"
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
-#define DS_AMX
+#ifdef __AVX512BF16__
 #include <immintrin.h>
+#if defined(__AMX_BF16__) && defined(__linux__)
+#define DS_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 #endif
 
 namespace ds {
@@ -38,6 +41,7 @@ bool has_matrix_unit() {
 class TilesInUse {
  public:
   TilesInUse() {
+    if (!has_matrix_unit()) return;
     struct { uint8_t palette = 1, start = 0, reserved[14] = {}; uint16_t bytes[16] = {};
              uint8_t rows[16] = {}; } shape;
     for (int i = 0; i < 8; i++) {
@@ -46,14 +50,16 @@ class TilesInUse {
     }
     _tile_loadconfig(&shape);
   }
-  ~TilesInUse() { _tile_release(); }
+  ~TilesInUse() {
+    if (has_matrix_unit()) _tile_release();
+  }
 };
 
 // Row tiles x 2 tiles of sums into `sums [16 * row_tiles, 32]`. `step` numbers lie between the
 // left side's row tiles.
 template <int row_tiles>
-void multiply_tiles(const uint16_t* a, int64_t step, const uint16_t* b, int64_t blocks,
-                    float* sums) {
+void multiply_in_unit(const uint16_t* a, int64_t step, const uint16_t* b, int64_t blocks,
+                      float* sums) {
   asm volatile("" ::: "memory");  // loading a tile does not tell the compiler that it reads
   _tile_zero(0);
   _tile_zero(1);
@@ -86,27 +92,81 @@ void multiply_tiles(const uint16_t* a, int64_t step, const uint16_t* b, int64_t 
 bool has_matrix_unit() { return false; }
 struct TilesInUse {};
 template <int row_tiles>
-void multiply_tiles(const uint16_t*, int64_t, const uint16_t*, int64_t, float*) {}
+void multiply_in_unit(const uint16_t*, int64_t, const uint16_t*, int64_t, float*) {}
 
 #endif
 
+#ifdef __AVX512BF16__
+
+constexpr bool kHasPairs = true;
+
+// The same in vector registers, `rows` of a row tile at a time.
+template <int row_tiles>
+void multiply_in_vectors(const uint16_t* a, int64_t step, const uint16_t* b, int64_t blocks,
+                         float* sums) {
+  constexpr int rows = kLanes / 2;  // 16 sums and a pair of right sides in 32 registers
+  for (int part = 0; part < 2 * row_tiles; part++) {
+    const uint16_t* from = a + part / 2 * step + part % 2 * rows * kTileInner;
+    __m512 total[rows][2];
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++) total[i][0] = total[i][1] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < blocks; k++) {
+      const uint16_t *left = from + k * kTile, *right = b + 2 * k * kTile;
+      for (int pair = 0; pair < kLanes; pair++) {
+        const auto b0 = (__m512bh)_mm512_loadu_si512(right + pair * kTileInner);
+        const auto b1 = (__m512bh)_mm512_loadu_si512(right + kTile + pair * kTileInner);
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; i++) {
+          int32_t both;
+          std::memcpy(&both, left + i * kTileInner + 2 * pair, 4);
+          const auto row = (__m512bh)_mm512_set1_epi32(both);
+          total[i][0] = _mm512_dpbf16_ps(total[i][0], row, b0);
+          total[i][1] = _mm512_dpbf16_ps(total[i][1], row, b1);
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++) {
+      _mm512_storeu_ps(sums + (part * rows + i) * kPanel, total[i][0]);
+      _mm512_storeu_ps(sums + (part * rows + i) * kPanel + kLanes, total[i][1]);
+    }
+  }
+}
+
+#else
+
+constexpr bool kHasPairs = false;
+template <int row_tiles>
+void multiply_in_vectors(const uint16_t*, int64_t, const uint16_t*, int64_t, float*) {}
+
+#endif
+
+template <int row_tiles>
+void multiply_tiles(const uint16_t* a, int64_t step, const uint16_t* b, int64_t blocks,
+                    float* sums) {
+  if (has_matrix_unit()) multiply_in_unit<row_tiles>(a, step, b, blocks, sums);
+  else multiply_in_vectors<row_tiles>(a, step, b, blocks, sums);
+}
+
+bool has_pairs() { return kHasPairs; }
+
 bool narrow(Type type) { return type == Type::kBfloat16 || type == Type::kRounded; }
 
-// Whether such a product is one for the matrix unit. Few rows are bound by reading the weights.
-// Small weights are rounded to bfloat16 on their way, as a cast of them would.
-bool for_matrix_unit(const View& a, const View& b, int64_t rows) {
+// Whether such a product is done in pairs. Few rows are bound by reading the weights. Small weights
+// are rounded to bfloat16 on their way, as a cast of them would.
+bool in_pairs(const View& a, const View& b, int64_t rows) {
   return rows > kThinRows && narrow(a.type) && (narrow(b.type) || is_small(b.type)) &&
-         has_matrix_unit();
+         has_pairs();
 }
 
 typedef uint16_t Halves __attribute__((vector_size(64), may_alias));  // 32 of bfloat16
 
 // Two vectors as bfloat16, one after the other.
 inline Halves rounded(Vec low, Vec high) {
-#ifdef DS_AMX
+#ifdef __AVX512BF16__
   return (Halves)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
 #else
-  return Halves{};  // never called: nothing is packed for a unit that isn't there
+  return Halves{};  // never called: nothing is packed for instructions that aren't there
 #endif
 }
 
@@ -231,7 +291,7 @@ void pack_left(const View& a, int64_t first, int64_t count, int64_t inner, uint1
   }
 }
 
-// A packed left side, and the unit in use for as long as this lives.
+// A packed left side, and a matrix unit in use for as long as this lives.
 class LeftTiles {
  public:
   LeftTiles(const View& a, int64_t first, int64_t rows, int64_t inner)
@@ -285,7 +345,7 @@ void product_of_tiles(const View& a, int64_t first, const View& b, const Shape& 
 // be a right side that is wanted soon.
 void product(const View& a, int64_t first, const View& b, const Shape& s, int64_t column,
              int64_t end, const Put& put, const View* next = nullptr) {
-  if (for_matrix_unit(a, b, s.rows)) return product_of_tiles(a, first, b, s, column, end, put);
+  if (in_pairs(a, b, s.rows)) return product_of_tiles(a, first, b, s, column, end, put);
   product(left_side(a, first, s.rows, s.inner), b, s, column, end, put, next);
 }
 
