@@ -21,6 +21,8 @@ from bench.machine import machine
 from bench.measure import measure
 from bench.process import ROOT
 from bench.publish import keep, publish
+from bench.shares import measure as measure_shares
+from bench.shares import starting
 from bench.startup import measure_startup
 from bench.systems import System, ours, peer
 from bench.tasks import TASKS, Task
@@ -52,7 +54,10 @@ def main(words: Sequence[str] | None = None) -> int:
         found.growth = kept + measure_growth(str(MODEL), [group])
         keep(found, given.out)
     if given.full or given.kernels:
-        found.kernels = run_case("operations", {})
+        found.kernels = run_case("operations", {}) | {
+            "starting": starting(run_case),
+            "shares": measure_shares(MODEL, run_case),
+        }
         keep(found, given.out)
     if given.full or given.startup:
         found.startup = measure_startup(str(MODEL))

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from bench import kernels
 from bench.case import LONG, REPEATS, median_seconds, peak_bytes, seconds
+from bench.shares import shares as watched_shares
 from bench.tasks import PRESET, Precision, Task, stream
 from bench.workers.ours import Ours, Stepping
 from ds_model import CausalLM, ModelConfig, parameter_counts
@@ -104,6 +105,11 @@ def operations() -> dict[str, Any]:
     """Time the compiled operations alone."""
     threads()
     return {"rows": kernels.measure()}
+
+
+def shares(model: str, key: str) -> dict[str, float]:
+    """Say where the time of a task goes."""
+    return watched_shares(model, key)
 
 
 def held(policy: str) -> dict[str, Any]:

@@ -90,7 +90,8 @@ class Found(_Found):
         loading: seconds until each system had the model and could be asked.
         growth: of `bench.growth`: one mapping a measured point.
         startup: of `bench.startup`: seconds by name.
-        kernels: of `bench.kernels`: `rows`, one mapping an operation; or `failed` and why.
+        kernels: of `bench.kernels`: `rows`, one mapping an operation; or `failed` and why; and of
+            `bench.shares`: `starting` and `shares`.
     """
 
     scope: str

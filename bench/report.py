@@ -8,6 +8,7 @@ from bench.cost import limit_speed
 from bench.found import OURS, TRANSFORMERS, Found, Row, Speed
 from bench.growth_report import growth_section
 from bench.kernels import kernels_table
+from bench.shares import shares_table
 from bench.startup_report import startup_section
 from bench.tables import (
     DASH,
@@ -47,6 +48,7 @@ def page(found: Found, config: ModelConfig, notes: dict[str, str]) -> str:
         limits_table(found),
         agreement_table(found),
         kernels_table(found),
+        shares_table(found),
         speeds_table(found),
         first_runs_table(found),
         growth_section(found.growth, notes),

@@ -89,20 +89,26 @@ class Ours(Worker):
         return run
 
     def _decode(self, task: Task) -> Run:
-        """Write tokens; the clock starts when the first one is there."""
+        return lambda: self.write(task)
+
+    def write(self, task: Task, watch: Callable[[bool], None] = lambda _: None) -> Timed:
+        """Write tokens; the clock starts when the first one is there.
+
+        Args:
+            task: what to write.
+            watch: called as the clock starts (true) and stops.
+        """
         ids = task.ids(self.vocab_size())
-
-        def run() -> Timed:
-            chunks = self._lm.stream(ids, max_new_tokens=task.new + 1, eos_token_id=[])
-            first = next(chunks)
-            start = time.perf_counter()
-            rest = sum(chunk.size for chunk in chunks)
-            seconds = time.perf_counter() - start
-            if first.shape[1] != 1:
-                raise RuntimeError(f"the first chunk holds {first.shape[1]} tokens; expected 1")
-            return Timed(seconds, rest)
-
-        return run
+        chunks = self._lm.stream(ids, max_new_tokens=task.new + 1, eos_token_id=[])
+        first = next(chunks)
+        watch(True)
+        start = time.perf_counter()
+        rest = sum(chunk.size for chunk in chunks)
+        seconds = time.perf_counter() - start
+        watch(False)
+        if first.shape[1] != 1:
+            raise RuntimeError(f"the first chunk holds {first.shape[1]} tokens; expected 1")
+        return Timed(seconds, rest)
 
     def _train(self, task: Task) -> Run:
         stepping = self._stepping = Stepping(self.model, task, self.vocab_size())
