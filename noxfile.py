@@ -254,6 +254,28 @@ def precision(session: nox.Session) -> None:
 
 
 @nox.session
+def balance(session: nox.Session) -> None:
+    """Train `mini` balanced by a bias, by a loss and not at all; goes on where it stopped."""
+    install_wheels(session, "ds-train[plot]")
+    session.run("python", "-m", "bench.balance", *session.posargs, env=QUIET)
+
+
+@nox.session
+def ranks(session: nox.Session) -> None:
+    """Measure training on many ranks, as processes here: time, bytes, idle time."""
+    install_wheels(session, "ds-train[plot]")
+    session.run("python", "-m", "bench.ranks", *session.posargs, env=QUIET)
+
+
+@nox.session
+def ray(session: nox.Session) -> None:
+    """Test ranks that Ray starts, and starts anew; needs the extra `ray`, which is large."""
+    install_wheels(session, "ds-train[ray]")
+    session.install(*nox.project.dependency_groups(GROUPS, "test"))
+    session.run("pytest", "-q", "packages/ds-train/tests/test_ray.py", env=QUIET)
+
+
+@nox.session
 def conversion(session: nox.Session) -> None:
     """Convert gigabytes of FP8, beside a plain copy: memory and time (12 GB of disk)."""
     install_wheels(session, "ds-model", "ds-train[plot]")

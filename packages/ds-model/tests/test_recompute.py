@@ -35,13 +35,14 @@ def model(request):
     return found
 
 
+@pytest.mark.parametrize("policy", ["parts", "block"])
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
-def test_nothing_changes_but_what_is_held(model, graph):
+def test_nothing_changes_but_what_is_held(model, graph, policy):
     def run(recompute):
         return loss_and_gradients(model, recompute)
 
     run = tf.function(run, autograph=False) if graph else run
-    ours, plain = run("block"), run("none")
+    ours, plain = run(policy), run("none")
     for a, b in zip(tf.nest.flatten(ours), tf.nest.flatten(plain), strict=True):
         np.testing.assert_array_equal(a, b)
     gradients = plain[1]
@@ -78,5 +79,7 @@ def test_blocks_run_again_only_when_their_gradient_is_asked_for(model, monkeypat
 
 
 def test_an_unknown_policy_is_refused(model):
-    with pytest.raises(ValueError, match="recompute is 'all'; it must be one of none, block"):
+    with pytest.raises(
+        ValueError, match="recompute is 'all'; it must be one of none, parts, block"
+    ):
         model.forward(IDS, recompute="all")

@@ -12,6 +12,7 @@ import pytest
 import tensorflow as tf
 
 from ds_moe import MixtureOfExperts, MoEConfig
+from ds_precision import Fp8Policy
 
 CONFIG = MoEConfig(
     hidden_size=16,
@@ -156,6 +157,31 @@ def test_bfloat16_travels_as_it_is():
         np.testing.assert_allclose(
             tf.cast(y, tf.float32), tf.cast(want[index][0], tf.float32), rtol=0.02, atol=0.05
         )
+
+
+@pytest.mark.parametrize("source", ["float32", "mixed_bfloat16"])
+def test_tokens_travel_in_eight_bits_and_nothing_changes(source):
+    policy = Fp8Policy(source, {"tile": 8, "gradient_format": "E5M2"})
+    given = tokens(2)
+    _, want = alone(given, dtype=policy)
+    for index, (layer, y, _, gradients) in enumerate(on_ranks(2, given, dtype=policy)):
+        first, choice, back = layer._ranks.sent[:3]
+        assert first.dtype == tf.int32
+        assert first.shape[-1] == 16 // 4 + 16 // 8  # four numbers each, and a scale a tile
+        assert choice.dtype == tf.float32
+        assert back.dtype == layer.compute_dtype
+        close = (
+            {"rtol": 1e-6, "atol": 1e-6} if source == "float32" else {"rtol": 0.02, "atol": 0.05}
+        )
+        np.testing.assert_allclose(
+            tf.cast(y, tf.float32), tf.cast(want[index][0], tf.float32), **close
+        )
+        dx, alone_dx = (
+            np.asarray(tf.cast(g, tf.float32)) for g in (gradients[0], want[index][2][0])
+        )
+        # Sums of an expert's rows are over all ranks' tokens, in other tiles: not compared.
+        apart = np.linalg.norm(dx - alone_dx) / np.linalg.norm(alone_dx)
+        assert apart < (1e-5 if source == "float32" else 0.02)
 
 
 def test_experts_are_dealt_out_before_they_are_made():

@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from ds_precision import E4M3, E5M2, E5M6, cast, from_ue8m0, to_ue8m0
+from ds_precision import (
+    E4M3,
+    E5M2,
+    E5M6,
+    cast,
+    from_ue8m0,
+    pack_bits,
+    to_ue8m0,
+    unpack_bits,
+)
 
 REFERENCE = {"E4M3": ml_dtypes.float8_e4m3fn, "E5M2": ml_dtypes.float8_e5m2}
 formats = pytest.mark.parametrize("fmt", [E4M3, E5M2], ids=lambda f: f.name)
@@ -157,3 +166,28 @@ def test_ue8m0_rounds_up_to_the_next_power(scale):
 def test_ue8m0_has_no_zero_and_no_sign():
     wrong = np.array([0.0, -0.0, -1.0, np.inf, -np.inf, np.nan, 2.0**127 * 1.5], np.float32)
     assert (to_ue8m0(wrong).numpy() == 255).all()
+
+
+@formats
+def test_every_byte_survives_packing(fmt):
+    dtype = REFERENCE[fmt.name]
+    codes = np.arange(256, dtype=np.uint8)
+    values = tf.constant(codes.view(dtype).reshape(2, 128))
+    packed = pack_bits(values)
+    assert packed.shape == (2, 32)
+    assert packed.dtype == tf.int32
+    there = packed.numpy().view(np.uint8).reshape(-1)
+    number = ~np.isnan(codes.view(dtype).astype(np.float32))
+    np.testing.assert_array_equal(there[number], codes[number])
+    back = unpack_bits(packed, 128, fmt).numpy().reshape(-1)
+    np.testing.assert_array_equal(back.view(np.uint8)[number], codes[number])
+    assert np.isnan(back[~number].astype(np.float32)).all()
+
+
+def test_packing_fills_up_to_four():
+    values = tf.cast(tf.constant([[1.0, -2.0, 0.5, 448.0, -0.0]]), E4M3.dtype)
+    packed = pack_bits(values)
+    assert packed.shape == (1, 2)
+    np.testing.assert_array_equal(
+        tf.cast(unpack_bits(packed, 5, E4M3), tf.float32), tf.cast(values, tf.float32)
+    )

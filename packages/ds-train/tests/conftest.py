@@ -94,5 +94,9 @@ def losses(out):
 
 
 def weights(trainer):
-    """Return a whole model's weights by name."""
-    return {weight.path.split("/", 1)[1]: weight.numpy() for weight in trainer.model.weights}
+    """Return a whole model's weights by name, and their averages if there are any."""
+    found = {weight.path.split("/", 1)[1]: weight.numpy() for weight in trainer.model.weights}
+    if trainer.average is not None:
+        pairs = zip(trainer.average.weights, trainer.average.values, strict=True)
+        found |= {f"average/{w.path.split('/', 1)[1]}": value.numpy() for w, value in pairs}
+    return found

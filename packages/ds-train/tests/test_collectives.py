@@ -12,7 +12,7 @@ from ds_model import CausalLM
 from ds_train import AdamW, TrainConfig, TrainConfigError, Trainer, TrainError
 from ds_train.checkpoint import weight_name
 from ds_train.parallel import Engine, LostRankError, Mesh, Ranks, World
-from ds_train.parallel.share import RankShare
+from ds_train.parallel.share import RankShare, micro_batches
 from ds_train.parallel.worker import guarded
 from ds_train.parallel.world import lost
 from ds_train.trainer import Stopped
@@ -35,8 +35,9 @@ def traced(config, rank):
     world = World(Mesh(table.pp, table.ep, table.dp), rank)
     keras.utils.set_random_seed(0)
     share = RankShare(config, config.model.build(), AdamW(config.learning_rate()), world)
-    spec = tf.TensorSpec([config.train.accumulation, 1, 17], tf.int32)
-    graph = share._step.compiled.get_concrete_function(spec).graph
+    sizes = (1,) * config.train.accumulation
+    spec = tf.TensorSpec([len(sizes), 17], tf.int32)
+    graph = share._step.compiled.get_concrete_function(spec, sizes).graph
     return world, graph, share
 
 
@@ -193,6 +194,13 @@ def test_what_does_not_fit_a_mesh(changes, said):
         traced(config_of(**changes), 0)
 
 
-def test_a_batch_that_ranks_do_not_divide():
-    with pytest.raises(TrainConfigError, match=r"batch_size = 6 .* accumulation x ep x dp = 2 x 2"):
-        config_of(train={"batch_size": 6})
+def test_a_batch_that_leaves_a_rank_without_a_sequence():
+    with pytest.raises(
+        TrainConfigError, match=r"batch_size = 3 .* at least .* ep x dp = 2 x 2 x 1"
+    ):
+        config_of(train={"batch_size": 3})
+
+
+def test_micro_batches_differ_by_a_sequence_at_most():
+    assert micro_batches(7, 2, 3) == [(2, 1, 1), (1, 1, 1)]
+    assert micro_batches(8, 2, 2) == [(2, 2), (2, 2)]

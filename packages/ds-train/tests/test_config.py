@@ -35,7 +35,7 @@ def test_model_fields_override_the_preset(tmp_path):
         ("[fp8]\nscaling = 'row'\n", ["[fp8]", "'row'", "'block' or 'tensor'"]),
         ("[fp8]\npromote_every = 100\n", ["[fp8]", "100", "multiple of 32"]),
         ("[fp8]\ntiles = 64\n", ["[fp8] tiles", "unknown key", "tile"]),
-        ("[train]\nrecompute = true\n", ["[train] recompute", "'none' or 'block'"]),
+        ("[train]\nrecompute = true\n", ["[train] recompute", "'none', 'parts' or 'block'"]),
         ("[train]\nbatch_size = 6\naccumulation = 4\n", ["accumulation = 4", "batch_size = 6"]),
         ("[schedule]\nconstant_until = 0.9\ncosine_until = 0.5\n", ["[schedule]", "in order"]),
         ("[model]\npreset = 'huge'\n", ["[model]", "huge", "mini"]),

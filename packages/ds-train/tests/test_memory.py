@@ -21,7 +21,7 @@ def test_weights_and_moments_are_those_of_the_model():
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
-@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("recompute", ["none", "parts", "block"])
 def test_every_token_holds_the_same(policy, recompute):
     config = TINY.replace(num_nextn_predict_layers=0)
     one, two, four = (
@@ -103,6 +103,9 @@ def origin(tensor):
         ("float32", "none", 48),
         ("mixed_bfloat16", "none", 48),
         ("float32", "block", 48),
+        ("float32", "parts", 48),
+        ("float32", "parts", None),
+        ("mixed_bfloat16", "parts", 48),
     ],
 )
 def test_the_graph_keeps_what_the_form_says(policy, recompute, queries):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ds_model import ModelConfig
 from ds_train import TrainConfigError
 from ds_train.parallel import Layout, Mesh, make_schedule
-from ds_train.parallel.layout import blocks_of_stages
+from ds_train.parallel.layout import blocks_of_stages, work_of_blocks
 
 meshes = st.builds(Mesh, st.integers(1, 4), st.integers(1, 4), st.integers(1, 3))
 
@@ -42,22 +42,40 @@ def test_groups_agree_and_differ_in_their_keys(mesh):
         assert len(mesh.replicas((mesh.place(rank).pp,), rank, True).ranks) == mesh.dp
 
 
-@given(st.integers(1, 61), st.integers(0, 2), st.integers(1, 16))
-def test_every_block_has_one_stage(layers, depth, stages):
+@given(st.integers(1, 61), st.integers(0, 2), st.integers(1, 16), st.booleans())
+def test_every_block_has_one_stage_and_ranks_even_work(layers, depth, stages, paired):
     config = ModelConfig.preset("tiny").replace(
-        num_hidden_layers=layers, num_nextn_predict_layers=depth
+        num_hidden_layers=layers, num_nextn_predict_layers=depth, first_k_dense_replace=0
     )
     if stages > layers:
         with pytest.raises(TrainConfigError, match=f"{stages} pipeline stages"):
             blocks_of_stages(config, stages)
         return
-    found = blocks_of_stages(config, stages)
+    ranks = [{stage, stages - 1 - stage} for stage in range((stages + 1) // 2)]
+    if not paired:
+        ranks = [{stage} for stage in range(stages)]
+    found = blocks_of_stages(config, stages, [sorted(rank) for rank in ranks])
     assert [block for blocks in found for block in blocks] == list(range(layers))
-    sizes = [len(blocks) for blocks in found]
-    assert min(sizes) >= 1
-    if stages > 1:
-        assert max(sizes[:-1]) - min(sizes[:-1]) <= 1
-        assert sizes[-1] <= max(sizes[:-1]) + 1
+    assert min(len(blocks) for blocks in found) >= 1
+    (block, *_), end = work_of_blocks(config)
+    works = [
+        sum(len(found[stage]) * block + end * (stage == stages - 1) for stage in rank)
+        for rank in ranks
+    ]
+    fewest = max(len(rank) for rank in ranks) * block + end  # where each stage has one block
+    assert max(works) <= max(sum(works) / len(works) + block, fewest)
+
+
+def test_the_first_stage_makes_up_for_the_last():
+    config = ModelConfig.preset("v3-671b")
+    layout = Layout(config, Mesh(pp=16, ep=64), make_schedule("dualpipe", 16, 32))
+    sizes = [len(blocks) for blocks in layout.blocks]
+    assert sum(sizes) == 61
+    works, end = work_of_blocks(config)
+    loads = [sum(works[i] for i in blocks) for blocks in layout.blocks]
+    loads[-1] += end
+    pairs = [loads[i] + loads[15 - i] for i in range(8)]
+    assert max(pairs) < 1.11 * sum(pairs) / 8
 
 
 def test_dualpipe_holds_each_stage_at_two_ranks():

@@ -34,6 +34,7 @@ def config_of(mesh=None, **changes):
         "batch_size": 8,
         "accumulation": min(micro, 8 // shares),
         "log_every": 1,
+        "average_decay": 0.9,
     }
     found = {
         "model": CUT,
@@ -83,6 +84,28 @@ def resumed(config, token_file, out):
     trainer = Trainer(config, token_file, out)
     trainer.train()
     return trainer
+
+
+@pytest.mark.ranks
+def test_a_batch_that_ranks_do_not_divide_counts_each_sequence_once(token_file, tmp_path):
+    """Seven sequences in micro-batches of two and one, beside all seven at once."""
+    ragged = {"batch_size": 7, "steps": 8}
+    alone = tmp_path / "alone"
+    Trainer(config_of(train=ragged | {"accumulation": 1}), token_file, alone).train()
+    config = config_of({"pp": 2, "ep": 2}, train=ragged | {"accumulation": 3})
+    start(config, token_file, tmp_path / "ranks")
+    rows, expected = (
+        read_metrics(tmp_path / name / "metrics.jsonl") for name in ("ranks", "alone")
+    )
+    assert [row["loads"] for row in rows] == [row["loads"] for row in expected]
+    for name in ("loss", "cross_entropy", "mtp_cross_entropy", "balance_loss"):
+        values = [[row[name] for row in run] for run in (rows, expected)]
+        np.testing.assert_allclose(*values, rtol=1e-5, err_msg=name)
+    # A norm of small numbers' sums: the first is of the same weights, later ones drift.
+    norms = [[row["gradient_norm"] for row in run] for run in (rows, expected)]
+    np.testing.assert_allclose(norms[0][0], norms[1][0], rtol=1e-6)
+    np.testing.assert_allclose(*norms, rtol=1e-4)
+    assert config.in_one_process().train.accumulation == 7
 
 
 @pytest.mark.ranks

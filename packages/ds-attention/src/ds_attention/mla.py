@@ -10,6 +10,7 @@ N qk_nope_head_dim, R qk_rope_head_dim, V v_head_dim, C kv_lora_rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -22,8 +23,10 @@ from ds_attention.rms_norm import RMSNorm
 from ds_attention.rope import apply_rope, rope_rotation
 from ds_attention.softmax import masked_softmax
 from ds_precision import (
+    AttentionDone,
     Linear,
     RestoresPolicy,
+    attention_done,
     fused_attention,
     fused_latent_attention,
     use_kernels,
@@ -124,6 +127,50 @@ class MultiHeadLatentAttention(RestoresPolicy, keras.layers.Layer):
         entries = self._compress(x, positions)
         return self._attend_expanded(self._raw_queries(x), positions, entries, attention_mask)
 
+    def recomputed(
+        self, h: tf.Tensor, norm: RMSNorm, positions: tf.Tensor, attention_mask: CausalMask
+    ) -> tf.Tensor:
+        """Return `self(norm(h), positions, attention_mask)`, and hold less until the backward pass.
+
+        What the norms and the products that expand the latents give is made again there
+        (arXiv 2412.19437, section 3.2.3); kept are `h`, the latents as they leave their products,
+        and what the core gave. Without compiled operations the core is made again as well.
+
+        Args:
+            h: `[B, S, hidden_size]`.
+            norm: what it passes first.
+            positions: `[B, S]` or `[1, S]`.
+            attention_mask: which keys a query sees.
+        """
+        c = self.config
+
+        # In a graph the products that are repeated here have no use, and are left out: what is
+        # made again is the norm alone.
+        @tf.recompute_grad
+        def down(h: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            x = norm(h)
+            return (h if c.q_lora_rank is None else self.q_a_proj(x)), self.kv_a_proj_with_mqa(x)
+
+        def up(source: tf.Tensor, compressed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            if c.q_lora_rank is None:
+                q = self.q_proj(norm(source))
+            else:
+                q = self.q_b_proj(self.q_a_layernorm(source))
+            return self._in_heads(q), self._entries(compressed, positions)
+
+        source, compressed = down(h)
+        done = None
+        if use_kernels(source):
+            q, entries = up(tf.stop_gradient(source), tf.stop_gradient(compressed))
+            done = attention_done(*self._core_operands(q, positions, entries, attention_mask))
+
+        @tf.recompute_grad
+        def core(source: tf.Tensor, compressed: tf.Tensor) -> tf.Tensor:
+            q, entries = up(source, compressed)
+            return self._attend_core(q, positions, entries, attention_mask, done)
+
+        return self._project(core(source, compressed))
+
     def attend(
         self,
         x: tf.Tensor,
@@ -206,6 +253,10 @@ class MultiHeadLatentAttention(RestoresPolicy, keras.layers.Layer):
             q = self.q_proj(x_BSD)
         else:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BSD)))
+        return self._in_heads(q)
+
+    def _in_heads(self, q: tf.Tensor) -> tf.Tensor:
+        c = self.config
         return tf.reshape(q, [*_leading(q), c.num_attention_heads, c.qk_head_dim])
 
     def _rotated(self, q_BSHQ: tf.Tensor, positions: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -220,10 +271,11 @@ class MultiHeadLatentAttention(RestoresPolicy, keras.layers.Layer):
 
     def _compress(self, x_BSD: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
         """Return what the cache holds: normed latent and rotated key, `[B, S, C + R]`."""
+        return self._entries(self.kv_a_proj_with_mqa(x_BSD), positions)
+
+    def _entries(self, compressed: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
         c = self.config
-        latent, k_rope = tf.split(
-            self.kv_a_proj_with_mqa(x_BSD), [c.kv_lora_rank, c.qk_rope_head_dim], axis=-1
-        )
+        latent, k_rope = tf.split(compressed, [c.kv_lora_rank, c.qk_rope_head_dim], axis=-1)
         return tf.concat([self.kv_a_layernorm(latent), self._rope(k_rope, positions)], axis=-1)
 
     def _attend_expanded(
@@ -234,31 +286,52 @@ class MultiHeadLatentAttention(RestoresPolicy, keras.layers.Layer):
         mask: tf.Tensor | CausalMask,
     ) -> tf.Tensor:
         """Make keys and values of the latent, then attend as usual (eq. 10-11)."""
+        return self._project(self._attend_core(q_BSHQ, positions, entries, mask))
+
+    def _keys_and_values(self, entries: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Return `[B, L, H, N + V]` and the rotated key `[B, L, R]`."""
         c = self.config
         latent, k_rope = tf.split(entries, [c.kv_lora_rank, c.qk_rope_head_dim], axis=-1)
         kv = self.kv_b_proj(latent)
         width = c.qk_nope_head_dim + c.v_head_dim
-        kv = tf.reshape(kv, [*_leading(kv), c.num_attention_heads, width])
+        return tf.reshape(kv, [*_leading(kv), c.num_attention_heads, width]), k_rope
+
+    def _core_operands(
+        self, q_BSHQ: tf.Tensor, positions: tf.Tensor, entries: tf.Tensor, mask: CausalMask
+    ) -> tuple[Any, ...]:
+        """Return what `fused_attention` takes."""
+        c = self.config
+        rotation = rope_rotation(positions, c.qk_rope_head_dim, c.rope_theta, c.rope_scaling)
+        shape = tf.broadcast_dynamic_shape(tf.shape(positions), tf.shape(mask.slots))
+        return (
+            q_BSHQ,
+            *self._keys_and_values(entries),
+            tuple(tf.broadcast_to(r, tf.concat([shape, r.shape[-1:]], 0)) for r in rotation),
+            tf.broadcast_to(tf.cast(mask.slots, tf.int32), shape),
+            None if mask.valid is None else tf.cast(mask.valid, tf.bool),
+            c.score_scale,
+            c.rope_interleave,
+        )
+
+    def _attend_core(
+        self,
+        q_BSHQ: tf.Tensor,
+        positions: tf.Tensor,
+        entries: tf.Tensor,
+        mask: tf.Tensor | CausalMask,
+        done: AttentionDone | None = None,
+    ) -> tf.Tensor:
+        """Return `[B, S, H, V]`; what is `done` is not computed again."""
+        c = self.config
         if isinstance(mask, CausalMask) and use_kernels(q_BSHQ):
-            rotation = rope_rotation(positions, c.qk_rope_head_dim, c.rope_theta, c.rope_scaling)
-            shape = tf.broadcast_dynamic_shape(tf.shape(positions), tf.shape(mask.slots))
-            valid = None if mask.valid is None else tf.cast(mask.valid, tf.bool)
-            cos, sin = (tf.broadcast_to(r, tf.concat([shape, r.shape[-1:]], 0)) for r in rotation)
-            out = fused_attention(
-                q_BSHQ,
-                kv,
-                k_rope,
-                (cos, sin),
-                tf.broadcast_to(tf.cast(mask.slots, tf.int32), shape),
-                valid,
-                c.score_scale,
-                c.rope_interleave,
-            )
-            return self._project(out)
+            operands = self._core_operands(q_BSHQ, positions, entries, mask)
+            attend: Callable[..., tf.Tensor] = fused_attention
+            return attend(*operands, done=done)
+        kv, k_rope = self._keys_and_values(entries)
         q = tf.concat(self._rotated(q_BSHQ, positions), axis=-1) * c.score_scale
         k_nope, v_BLHV = tf.split(kv, [c.qk_nope_head_dim, c.v_head_dim], axis=-1)
         k_rope = tf.repeat(k_rope[:, :, None], c.num_attention_heads, axis=2)
-        return self._project(_attend(q, tf.concat([k_nope, k_rope], axis=-1), v_BLHV, mask))
+        return _attend(q, tf.concat([k_nope, k_rope], axis=-1), v_BLHV, mask)
 
     def _attend_absorbed(
         self, q_nope: tf.Tensor, q_rope: tf.Tensor, entries: tf.Tensor, mask: tf.Tensor

@@ -4,7 +4,7 @@ from ds_model.causal_lm import CausalLM, ModelOutput
 from ds_model.config import ModelConfig
 from ds_model.errors import CheckpointError, ConfigError, TokenizerError
 from ds_model.generate import GenerationStats
-from ds_model.parameters import parameter_counts
+from ds_model.parameters import parameter_counts, parameters_by_part
 from ds_model.part import ModelPart
 from ds_model.recompute import Recompute
 from ds_model.tokenizer import Tokenizer
@@ -21,4 +21,5 @@ __all__ = [
     "Tokenizer",
     "TokenizerError",
     "parameter_counts",
+    "parameters_by_part",
 ]

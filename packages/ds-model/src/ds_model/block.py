@@ -74,9 +74,22 @@ class DecoderBlock(RestoresPolicy, keras.layers.Layer):
         ):
             part.build(shape)
 
-    def call(self, h: tf.Tensor, window: Window) -> tuple[tf.Tensor, Routing | None]:
-        """Map `[B, S, D]` to the same shape; the routing is `None` for a dense block."""
-        attended = self.self_attn(self.input_layernorm(h), window.positions, window.attention_mask)
+    def call(
+        self, h: tf.Tensor, window: Window, recompute: bool = False
+    ) -> tuple[tf.Tensor, Routing | None]:
+        """Map `[B, S, D]` to the same shape; the routing is `None` for a dense block.
+
+        Args:
+            h: `[B, S, D]`.
+            window: where the tokens lie.
+            recompute: make parts of attention again in the backward pass; see
+                `MultiHeadLatentAttention.recomputed`.
+        """
+        norm, mask = self.input_layernorm, window.attention_mask
+        if recompute and isinstance(mask, CausalMask):
+            attended = self.self_attn.recomputed(h, norm, window.positions, mask)
+        else:
+            attended = self.self_attn(norm(h), window.positions, mask)
         return self._feed_forward(h + attended, window)
 
     def step(
@@ -141,7 +154,7 @@ class MTPModule(RestoresPolicy, keras.layers.Layer):
         self.eh_proj.build((None, None, 2 * width))
 
     def call(
-        self, h: tf.Tensor, embedded: tf.Tensor, window: Window
+        self, h: tf.Tensor, embedded: tf.Tensor, window: Window, recompute: bool = False
     ) -> tuple[tf.Tensor, Routing | None]:
         """Return the next depth's normed hidden state `[B, S, D]` and the routing.
 
@@ -149,8 +162,9 @@ class MTPModule(RestoresPolicy, keras.layers.Layer):
             h: `[B, S, D]`: the previous depth's normed hidden state at position i.
             embedded: `[B, S, D]`: the embedding of token i + k.
             window: of the positions i.
+            recompute: as for the block.
         """
-        out, routing = self.block(self._join(h, embedded), window)
+        out, routing = self.block(self._join(h, embedded), window, recompute=recompute)
         return self.norm(out), routing
 
     def step(

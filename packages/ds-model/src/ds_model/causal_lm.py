@@ -179,7 +179,8 @@ class CausalLM(keras.Model):
             training: makes no difference to the arithmetic.
             mtp: run the MTP modules too.
             recompute: what blocks and MTP modules compute again in the backward pass to hold less
-                until then: "none", or "block": all but their input.
+                until then: "none"; "parts": norms, queries, keys and values of attention; "block":
+                all but their input.
             logits_to_keep: how many positions, from the end, the heads see; 0 is all.
 
         Raises:

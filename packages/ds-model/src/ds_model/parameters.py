@@ -1,5 +1,6 @@
 """How many parameters a configuration describes, in closed form: nothing is built."""
 
+from functools import cache
 from math import prod
 from typing import NamedTuple
 
@@ -51,3 +52,40 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
             experts = config.n_routed_experts or 0
             idle += (experts - (config.num_experts_per_tok or 0)) * prod(entry.shape[1:])
     return ParameterCounts(**totals, active=totals["main"] - idle)
+
+
+class PartParameters(NamedTuple):
+    """Numbers of values in one part of the model.
+
+    Attributes:
+        shared: what every token is multiplied by.
+        experts: all routed experts together.
+    """
+
+    shared: int
+    experts: int
+
+
+@cache
+def parameters_by_part(config: ModelConfig) -> dict[str, PartParameters]:
+    """Count each part apart: "embed_tokens", "blocks.0" and on, "norm", "lm_head", "mtp.0" and on.
+
+    The parts are those of arXiv 2412.19437, section 2.
+
+    Args:
+        config: any valid configuration.
+
+    Returns:
+        The counts, router biases among them, exact. A tied head is no part of its own.
+    """
+    found: dict[str, PartParameters] = {}
+    for entry in layout(config):
+        names = entry.path.split(".")
+        name = ".".join(names[:2]) if names[0] in ("blocks", "mtp") else names[0]
+        shared, experts = found.get(name, PartParameters(0, 0))
+        if entry.transform in (Transform.EXPERTS, Transform.EXPERTS_GATE_UP):
+            experts += entry.size
+        else:
+            shared += entry.size
+        found[name] = PartParameters(shared, experts)
+    return found

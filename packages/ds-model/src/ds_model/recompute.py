@@ -1,7 +1,8 @@
 """What a block keeps for its backward pass, and what it computes again instead.
 
 Gradient checkpointing (arXiv 1604.06174). DeepSeek-V3 recomputes the RMSNorms and the latents'
-up-projections alone (arXiv 2412.19437, section 3.2.3); such a finer choice is one more name here.
+up-projections alone (arXiv 2412.19437, section 3.2.3): that is "parts", but for the norm before the
+feed-forward, whose result the experts' operation keeps. SwiGLU is made again by that in any case.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import tensorflow as tf
 from ds_model.block import DecoderBlock, MTPModule, Window
 from ds_moe import Routing
 
-Recompute = Literal["none", "block"]
-"""What runs again in the backward pass: nothing, or each block (arXiv 1604.06174)."""
+Recompute = Literal["none", "parts", "block"]
+"""What runs again in the backward pass: nothing, what is cheap and large, or each block."""
 
 
 def check_recompute(policy: str) -> None:
@@ -32,12 +33,13 @@ def run_block(
     Args:
         layer: a block, or an MTP module with its block.
         window: where the tokens lie; no gradient goes there.
-        recompute: "none" keeps what every operation needs; "block" keeps `states` alone and
-            runs the layer once more when its gradient is asked for.
+        recompute: "none" keeps what every operation needs; "parts" makes norms, queries, keys and
+            values of attention again; "block" keeps `states` alone and runs the layer once more
+            when its gradient is asked for.
         *states: each `[B, S, D]`.
     """
-    if recompute == "none":
-        return layer(*states, window)
+    if recompute != "block":
+        return layer(*states, window, recompute=recompute == "parts")
 
     # `tf.recompute_grad` makes the second run wait for the gradient by adding a zero made of it
     # to the states: without that TensorFlow would merge both runs into one and keep everything.

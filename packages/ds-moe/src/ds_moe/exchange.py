@@ -5,6 +5,11 @@ experts of its choice, with their numbers and gates; what they give is summed th
 as one row a rank. With group-limited routing, and groups that lie on one rank each, a token goes to
 at most `topk_group` ranks.
 
+Under an FP8 policy tokens go to experts in 8 bits, and so do the gradients that come back to
+experts; what experts give, and its counterpart backwards, returns as it is (section 3.3.3). Scales
+are powers of two, as they are for experts that are here: so the numbers are the same as with one
+rank.
+
 How rows travel is another's business: an `ExpertRanks` carries them. Row counts are data, and what
 carries rows wants equal shapes: so the ranks first tell each other how many they have, and pad to a
 power of two above the most that any sends to another.
@@ -16,9 +21,20 @@ rank to another with padding, A assignments to the experts of this rank.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 import tensorflow as tf
+
+from ds_precision import (
+    E4M3,
+    BlockScaled,
+    Format,
+    Fp8Recipe,
+    dequantize_blocks,
+    pack_bits,
+    unpack_bits,
+)
 
 
 class ExpertRanks(Protocol):
@@ -46,6 +62,8 @@ class ExpertRanks(Protocol):
 
 # Runs local experts on rows, each row through one expert: (x [A, D], expert [A], gate [A]).
 Run = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]
+# Carries rows `[R, C, ...]`, and tells their shape by a power: see `ExpertRanks.all_to_all`.
+Exchange = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 
 
 def run_on_ranks(
@@ -55,6 +73,7 @@ def run_on_ranks(
     share: int,
     ranks: ExpertRanks,
     run: Run,
+    recipe: Fp8Recipe | None = None,
 ) -> tf.Tensor:
     """Sum the chosen experts' outputs, wherever the experts lie.
 
@@ -65,6 +84,7 @@ def run_on_ranks(
         share: experts of one rank.
         ranks: who holds them.
         run: `gate * FFN_expert(x)` of rows for experts of this rank, `[A, D]`.
+        recipe: how rows are rounded on their way to experts; they go as they are if `None`.
 
     Returns:
         `[T, D]` in the type of `x`.
@@ -78,14 +98,49 @@ def run_on_ranks(
 
     sent = tf.gather(x, tf.maximum(token_RC, 0))
     choice = _choices(indices, gates, token_RC, share)
-    received = ranks.all_to_all(sent, power)
+    dispatch: Exchange = ranks.all_to_all
+    combine: Exchange = ranks.all_to_all
+    if recipe is not None and recipe.scaling == "block":
+        dispatch, combine = _in_eight_bits(ranks, replace(recipe, power_of_two=True))
+    received = dispatch(sent, power)
     choice = ranks.all_to_all(choice, power)
-    returned = ranks.all_to_all(_run_received(received, choice, run), power)
+    returned = combine(_run_received(received, choice, run), power)
 
     # Rows that hold no token have a negative number, and are left out of the sum.
     rows = tf.reshape(returned, [-1, x.shape[-1]])
     y = tf.math.unsorted_segment_sum(rows, tf.reshape(token_RC, [-1]), tokens)
     return tf.ensure_shape(y, x.shape)
+
+
+def _in_eight_bits(ranks: ExpertRanks, recipe: Fp8Recipe) -> tuple[Exchange, Exchange]:
+    """Return the two exchanges, of which one travels in 8 bits forwards, the other backwards."""
+
+    def small(x: tf.Tensor, power: tf.Tensor, fmt: Format) -> tf.Tensor:
+        rounded = recipe.rows(x, fmt)
+        values, width = pack_bits(rounded.values), x.shape[-1]
+        scales = tf.bitcast(tf.cast(rounded.scales, tf.float32), tf.int32)
+        there = ranks.all_to_all(tf.concat([values, scales], axis=-1), power)
+        values, scales = tf.split(there, [values.shape[-1], scales.shape[-1]], axis=-1)
+        read = BlockScaled(
+            unpack_bits(values, width, fmt), tf.bitcast(scales, tf.float32), rounded.block
+        )
+        return tf.ensure_shape(dequantize_blocks(read, x.dtype), x.shape)
+
+    def dispatch(x: tf.Tensor, power: tf.Tensor) -> tf.Tensor:
+        @tf.custom_gradient
+        def exchange(x: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
+            return small(x, power, E4M3), lambda dy: ranks.all_to_all(dy, power)
+
+        return exchange(x)
+
+    def combine(y: tf.Tensor, power: tf.Tensor) -> tf.Tensor:
+        @tf.custom_gradient
+        def exchange(y: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
+            return ranks.all_to_all(y, power), lambda dy: small(dy, power, recipe.gradients)
+
+        return exchange(y)
+
+    return dispatch, combine
 
 
 def _power_of_most(goes_TR: tf.Tensor, ranks: ExpertRanks) -> tf.Tensor:

@@ -143,6 +143,7 @@ class MixtureOfExperts(RestoresPolicy, keras.layers.Layer):
                 self.experts_here,
                 self._ranks,
                 lambda x, expert, gate: self._run(x, expert[:, None], gate[:, None]),
+                fp8_recipe(self.dtype_policy),
             )
         y = tf.reshape(y, tf.shape(x))
         if self.shared_experts is not None:

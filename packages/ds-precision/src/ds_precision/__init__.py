@@ -7,7 +7,17 @@ from ds_precision.deferred import (
     defer_weight_gradients,
     deferred_weight_gradients,
 )
-from ds_precision.formats import E4M3, E5M2, E5M6, Format, cast, from_ue8m0, to_ue8m0
+from ds_precision.formats import (
+    E4M3,
+    E5M2,
+    E5M6,
+    Format,
+    cast,
+    from_ue8m0,
+    pack_bits,
+    to_ue8m0,
+    unpack_bits,
+)
 from ds_precision.fp8 import (
     Fp8Policy,
     Fp8Recipe,
@@ -26,7 +36,7 @@ from ds_precision.fused import (
 )
 from ds_precision.latent_attention import fused_latent_attention
 from ds_precision.linear import Linear, matmul
-from ds_precision.products import fused_attention, fused_experts
+from ds_precision.products import AttentionDone, attention_done, fused_attention, fused_experts
 from ds_precision.routing import fused_routing
 from ds_precision.weight_only import (
     MODES,
@@ -43,6 +53,7 @@ __all__ = [
     "E5M6",
     "MODES",
     "AdamWUpdate",
+    "AttentionDone",
     "BlockScaled",
     "Format",
     "Fp8Policy",
@@ -51,6 +62,7 @@ __all__ = [
     "QuantizedWeights",
     "RestoresPolicy",
     "WeightGradients",
+    "attention_done",
     "cast",
     "check_mode",
     "defer_weight_gradients",
@@ -68,12 +80,14 @@ __all__ = [
     "fused_routing",
     "fused_square_sum",
     "matmul",
+    "pack_bits",
     "quantize_blocks",
     "quantize_weights",
     "replace_weights",
     "takes_any_mode",
     "to_ue8m0",
     "traced_for_xla",
+    "unpack_bits",
     "use_kernels",
     "watch_fp8",
     "without_fp8",

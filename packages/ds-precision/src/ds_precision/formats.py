@@ -15,6 +15,7 @@ import tensorflow as tf
 
 _ONE = 2**23  # what adds one to the exponent in float32's bits
 _NAN = 255  # of UE8M0
+_E4M3_NAN = 127  # and with the sign 255
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,60 @@ def from_ue8m0(exponents: tf.Tensor) -> tf.Tensor:
     exponents = tf.cast(exponents, tf.int32)
     bits = tf.where(exponents == 0, _ONE // 2, exponents * _ONE)
     return tf.where(exponents == _NAN, float("nan"), tf.bitcast(bits, tf.float32))
+
+
+def pack_bits(values: tf.Tensor) -> tf.Tensor:
+    """Puts the bits of four 8-bit numbers into one int32, which collectives and files can carry.
+
+    TensorFlow has no ``bitcast`` of 8-bit floats: their bits are found by way of float16, which
+    holds them all.
+
+    Args:
+        values: ``[..., C]``, dtype of ``E4M3`` or ``E5M2``.
+
+    Returns:
+        ``[..., ceil(C / 4)]`` int32, the first number lowest. NaN gives one of its codes.
+    """
+    half = tf.cast(values, tf.float16)
+    bits = tf.cast(tf.bitcast(half, tf.uint16), tf.int32)
+    magnitude = tf.bitwise.bitwise_and(bits, 0x7FFF)
+    if values.dtype == E5M2.dtype:
+        codes = magnitude // 2**8
+    else:
+        normal = magnitude // 2**7 - 64  # exponents count from 7, float16's from 15
+        subnormal = tf.cast(tf.abs(half) * 2**9, tf.int32)
+        codes = tf.where(magnitude < 9 * 2**10, subnormal, normal)
+        codes = tf.where(magnitude > 31 * 2**10, _E4M3_NAN, codes)
+    codes += tf.where(bits >= 2**15, 2**7, 0)
+    columns = values.shape[-1]
+    codes = tf.pad(codes, [[0, 0]] * (values.shape.rank - 1) + [[0, -columns % 4]])
+    fours = tf.reshape(codes, tf.concat([tf.shape(codes)[:-1], [-1, 4]], axis=0))
+    packed = tf.bitcast(tf.cast(fours, tf.uint8), tf.int32)
+    return tf.ensure_shape(packed, [*values.shape[:-1], -(-columns // 4)])
+
+
+def unpack_bits(packed: tf.Tensor, columns: int, fmt: Format) -> tf.Tensor:
+    """Undoes ``pack_bits``.
+
+    Args:
+        packed: ``[..., ceil(columns / 4)]`` int32.
+        columns: of the values.
+        fmt: ``E4M3`` or ``E5M2``.
+
+    Returns:
+        ``[..., columns]``, dtype of the format.
+    """
+    codes = tf.cast(tf.bitcast(packed, tf.uint8), tf.int32)
+    codes = tf.reshape(codes, tf.concat([tf.shape(packed)[:-1], [-1]], axis=0))[..., :columns]
+    if fmt.dtype == E5M2.dtype:
+        values = tf.bitcast(tf.cast(codes * 2**8, tf.uint16), tf.float16)
+    else:
+        magnitude = codes % 2**7
+        normal = tf.bitcast(magnitude * 2**20 + 120 * _ONE, tf.float32)
+        values = tf.where(magnitude < 8, tf.cast(magnitude, tf.float32) * 2.0**-9, normal)
+        values = tf.where(magnitude == _E4M3_NAN, float("nan"), values)
+        values = tf.where(codes >= 2**7, -values, values)
+    return tf.ensure_shape(tf.cast(values, fmt.dtype), [*packed.shape[:-1], columns])
 
 
 def _round(x: tf.Tensor, fmt: Format) -> tf.Tensor:

@@ -7,7 +7,8 @@ Letters: T tokens, D hidden_size, I moe_intermediate_size, E experts, K experts 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -143,6 +144,7 @@ def fused_attention(
     valid: tf.Tensor | None,
     scale: float,
     interleave: bool,
+    done: AttentionDone | None = None,
 ) -> tf.Tensor:
     """Attend causally, block by block: no tensor of queries by keys ever exists.
 
@@ -158,6 +160,8 @@ def fused_attention(
         valid: `[B, L]` boolean: and of those the valid ones; all if `None`.
         scale: factor on the scores.
         interleave: whether rotated pairs lie side by side in `q`.
+        done: what `attention_done` returned for equal operands: it is not computed once more, and
+            the backward pass starts from it.
 
     Returns:
         `[B, S, H, V]` in the type of `q`; zero for a query that sees nothing.
@@ -165,37 +169,91 @@ def fused_attention(
     Raises:
         tf.errors.InvalidArgumentError: sizes do not fit.
     """
-    cosines, sines = rotation
-    y = (
-        operations()
-        .ds_attention(
-            q=q,
-            kv=kv,
-            k_rope=k_rope,
-            cosines=cosines,
-            sines=sines,
-            slots=slots,
-            valid=tf.zeros([0, 0], tf.bool) if valid is None else valid,
-            scale=scale,
-            interleave=interleave,
-        )
-        .y
+    rest = (*rotation, slots, tf.zeros([0, 0], tf.bool) if valid is None else valid)
+    if done is None:
+        return _attention(q, kv, k_rope, rest, scale, interleave).y
+
+    @tf.custom_gradient
+    def attended(
+        q: tf.Tensor, kv: tf.Tensor, k_rope: tf.Tensor
+    ) -> tuple[tf.Tensor, Callable[[tf.Tensor], tuple[tf.Tensor, ...]]]:
+        def gradient(dy: tf.Tensor) -> tuple[tf.Tensor, ...]:
+            return _attention_gradients((q, kv, k_rope), rest, done, dy, scale, interleave)
+
+        return tf.identity(done.y), gradient
+
+    return attended(q, kv, k_rope)
+
+
+class AttentionDone(NamedTuple):
+    """What attention's backward pass needs beside its operands.
+
+    Attributes:
+        y: `[B, S, H, V]`: its result.
+        sums: `[B, H, S]` float32: the logarithms of the scores' sums.
+    """
+
+    y: tf.Tensor
+    sums: tf.Tensor
+
+
+def attention_done(*operands: Any) -> AttentionDone:
+    """Attend as `fused_attention` does, its arguments without the last; no gradient.
+
+    For whoever makes queries, keys and values once more in the backward pass, but not this.
+    """
+    q, kv, k_rope, rotation, slots, valid, scale, interleave = operands
+    rest = (*rotation, slots, tf.zeros([0, 0], tf.bool) if valid is None else valid)
+    q, kv, k_rope = map(tf.stop_gradient, (q, kv, k_rope))
+    return AttentionDone(*map(tf.stop_gradient, _attention(q, kv, k_rope, rest, scale, interleave)))
+
+
+def _attention(
+    q: tf.Tensor,
+    kv: tf.Tensor,
+    k_rope: tf.Tensor,
+    rest: tuple[tf.Tensor, ...],
+    scale: float,
+    interleave: bool,
+) -> AttentionDone:
+    cosines, sines, slots, valid = rest
+    found = operations().ds_attention(
+        q=q,
+        kv=kv,
+        k_rope=k_rope,
+        cosines=cosines,
+        sines=sines,
+        slots=slots,
+        valid=valid,
+        scale=scale,
+        interleave=interleave,
     )
-    y.set_shape([*q.shape[:3], kv.shape[-1] - (q.shape[-1] - k_rope.shape[-1])])
-    return y
+    found.y.set_shape([*q.shape[:3], kv.shape[-1] - (q.shape[-1] - k_rope.shape[-1])])
+    return AttentionDone(found.y, found.sums)
 
 
 @tf.RegisterGradient("DsAttention")
 def _attention_gradient(op: tf.Operation, dy: tf.Tensor, *_: Any) -> list[tf.Tensor | None]:
+    inputs, done = list(op.inputs), AttentionDone(*op.outputs)
+    scale, interleave = op.get_attr("scale"), op.get_attr("interleave")
+    found = _attention_gradients(inputs[:3], inputs[3:], done, dy, scale, interleave)
+    return [*found, None, None, None, None]
+
+
+def _attention_gradients(
+    operands: Sequence[tf.Tensor],
+    rest: Sequence[tf.Tensor],
+    done: AttentionDone,
+    dy: tf.Tensor,
+    scale: float,
+    interleave: bool,
+) -> tuple[tf.Tensor, ...]:
+    """Return the gradients of queries, of keys' parts with values, of the shared rotated key."""
     found = operations().ds_attention_grad(
-        *op.inputs,
-        *op.outputs,
-        dy,
-        scale=op.get_attr("scale"),
-        interleave=op.get_attr("interleave"),
+        *operands, *rest, *done, dy, scale=scale, interleave=interleave
     )
-    q, kv, k_rope = op.inputs[:3]
+    q, kv, k_rope = operands
     found.dq.set_shape(q.shape)
     found.dkv.set_shape(kv.shape)
     dk_rope = tf.cast(tf.reduce_sum(found.dk_rope, axis=1), k_rope.dtype)
-    return [found.dq, found.dkv, dk_rope, None, None, None, None]
+    return found.dq, found.dkv, dk_rope

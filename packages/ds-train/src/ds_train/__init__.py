@@ -3,7 +3,7 @@
 from ds_train.callbacks import Callback, StepMetrics
 from ds_train.config import TrainConfig
 from ds_train.errors import CheckpointError, DataError, TrainConfigError, TrainError
-from ds_train.memory import TrainingMemory, training_memory
+from ds_train.memory import PipelinePart, TrainingMemory, training_memory
 from ds_train.optimizer import AdamW
 from ds_train.pretrain import RunResult, pretrain
 from ds_train.quickstart import quickstart, quickstart_config
@@ -18,6 +18,7 @@ __all__ = [
     "CheckpointError",
     "DataError",
     "OperandStats",
+    "PipelinePart",
     "RunResult",
     "StabilityMetrics",
     "StepMetrics",

@@ -114,13 +114,23 @@ def weight_name(variable: keras.Variable) -> str:
     return variable.path.split("/", 1)[1]
 
 
-def whole_contents(model: keras.Model, optimizer: AdamW) -> Contents:
-    """Return everything of a model that lies in one process."""
+def whole_contents(
+    model: keras.Model, optimizer: AdamW, average: Sequence[keras.Variable] = ()
+) -> Contents:
+    """Return everything of a model that lies in one process.
+
+    Args:
+        model: its weights.
+        optimizer: its moments.
+        average: of each trainable weight; none if there is none.
+    """
     pieces = [Piece("iterations", optimizer.iterations)]
     moments = zip(model.trainable_variables, optimizer.momentums, optimizer.velocities, strict=True)
     for variable, momentum, velocity in moments:
         pieces.append(Piece(f"momentum/{weight_name(variable)}", momentum))
         pieces.append(Piece(f"velocity/{weight_name(variable)}", velocity))
+    for variable, mean in zip(model.trainable_variables, average, strict=False):
+        pieces.append(Piece(f"average/{weight_name(variable)}", mean))
     weights = [Piece(weight_name(variable), variable) for variable in model.variables]
     return {"model": weights, "optimizer": pieces}
 

@@ -20,13 +20,14 @@ from rich.table import Table
 from rich.text import Text
 
 from ds_model import CheckpointError as ModelCheckpointError
-from ds_model import ConfigError
+from ds_model import ConfigError, ModelConfig
 from ds_train.config import TrainConfig
 from ds_train.data import read_files
 from ds_train.errors import TrainConfigError, TrainError
 from ds_train.memory import TrainingMemory, training_memory
 from ds_train.new_notebook import new_notebook
 from ds_train.parallel import Costs, Timetable, make_schedule, published_bubble
+from ds_train.parallel.on_ray import train_on_ray
 from ds_train.parallel.text import timetable_text
 from ds_train.parallel.worker import leave
 from ds_train.peak import measure_step
@@ -108,6 +109,13 @@ def launch_command(
     schedule: Annotated[
         str | None, typer.Option(help="1f1b, zb1p, dualpipe or dualpipev; see `schedule`.")
     ] = None,
+    ray: Annotated[
+        int | None,
+        typer.Option(
+            metavar="RESTARTS",
+            help="Let Ray start the ranks, and all anew up to so many times when one is lost.",
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option(help="Go on from the last checkpoint, or refuse if there is one.")
     ] = True,
@@ -126,15 +134,19 @@ def launch_command(
         values = settings.model_dump()
         values["parallel"] |= {key: value for key, value in given.items() if value is not None}
         settings = TrainConfig.from_dict(values, source=str(config))
+        if ray is not None:
+            train_on_ray(settings, data, out, resume, ray)
         found = read_files(data, settings.data.suffixes)
-        if nproc is None:
+        if nproc is None and ray is None:
             leave(run_here(settings, found.documents, out, resume))
-        if nproc != settings.parallel.ranks:
+        if ray is None and nproc != settings.parallel.ranks:
             table = settings.parallel
             raise TrainConfigError(
                 f"--nproc is {nproc}; pp x ep x dp is {table.pp} x {table.ep} x {table.dp} = "
                 f"{table.ranks}"
             )
+        if ray is not None:  # what is left is done here, in one process
+            settings, resume = settings.in_one_process(), True
         result = pretrain(settings, found.documents, out, resume, console=console)
         _show(result, as_json)
 
@@ -178,6 +190,80 @@ def schedule_command(
             figure = _figures().plot_schedule(made, timetable)
             figure.savefig(plot, dpi=150)
             typer.echo(str(plot))
+
+
+@app.command("plan")
+def plan_command(
+    model: Annotated[
+        str, typer.Option(help="A preset (tiny, mini, bench, v2-lite, v3-671b) or a folder.")
+    ] = "v3-671b",
+    cluster: Annotated[
+        str, typer.Option(help="h800, h100, or a TOML file such as --measure prints.")
+    ] = "h800",
+    devices: Annotated[int, typer.Option(help="How many: pp x ep x dp.")] = 2048,
+    batch: Annotated[int, typer.Option(help="Sequences of a step, over all devices.")] = 15360,
+    sequence: Annotated[int, typer.Option(help="Tokens of one.")] = 4096,
+    tokens: Annotated[float | None, typer.Option(help="Of the whole run, for its price.")] = None,
+    pp: Annotated[
+        int | None, typer.Option(help="Pipeline ranks; searched for if left out.")
+    ] = None,
+    ep: Annotated[
+        int | None, typer.Option(help="Ranks that share a layer's experts; needs --pp.")
+    ] = None,
+    schedule: Annotated[str, typer.Option(help="With --pp: of the pipeline.")] = "dualpipe",
+    micro_batch: Annotated[int, typer.Option(help="With --pp: sequences of a micro-batch.")] = 1,
+    recompute: Annotated[str, typer.Option(help="With --pp: none, parts or block.")] = "parts",
+    zero: Annotated[int, typer.Option(help="With --pp: 1 deals moments out.")] = 1,
+    precision: Annotated[str, typer.Option(help="float32, bfloat16 or fp8.")] = "fp8",
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare with published runs, and do nothing else.")
+    ] = False,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Print this machine as a cluster, and do nothing else."),
+    ] = False,
+    memory: Annotated[float | None, typer.Option(help="With --measure: of a GPU, GiB.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the plan into this file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what training on a cluster needs and takes; without --pp, which mesh does it best.
+
+    Memory of a device, time of a step, price of a run, from what each part moves and computes. How
+    far that is from published runs stands below it. Nothing is trained.
+    """
+    from ds_train import plan as planning  # noqa: PLC0415 - a command's own
+    from ds_train.plan import text  # noqa: PLC0415
+    from ds_train.plan.cluster import as_toml  # noqa: PLC0415
+
+    console = Console()
+    with _one_line_errors():
+        if measure:
+            typer.echo(as_toml(planning.measure_cluster(memory=memory)), nl=False)
+            return
+        compared = planning.compare()
+        if check:
+            text.show_comparisons(console, compared)
+            return
+        config = _model(model)
+        where = planning.read_cluster(cluster)
+        given = {"devices": devices, "batch": batch, "sequence": sequence, "precision": precision}
+        if pp is None:
+            plans = planning.search(config, where, **given)  # type: ignore[arg-type]
+        else:
+            how = {"schedule": schedule, "recompute": recompute, "zero": zero}
+            recipe = planning.Recipe(pp=pp, ep=ep or 1, micro_batch=micro_batch, **given, **how)  # type: ignore[arg-type]
+            plans = [planning.make_plan(config, where, recipe)]
+        best = plans[0]
+        if as_json:
+            typer.echo(json.dumps(text.as_json(best, tokens), indent=2))
+        else:
+            if len(plans) > 1:
+                text.show_candidates(console, plans)
+            text.show_plan(console, best, tokens)
+            console.print(text.error_line(compared), highlight=False, soft_wrap=True)
+        if plot is not None:
+            _figures().plot_plan(best).savefig(plot, dpi=150)
+            typer.echo(str(plot), err=as_json)
 
 
 @app.command("init-config")
@@ -276,6 +362,11 @@ def _one_line_errors() -> Iterator[None]:
     except (TrainError, ConfigError, ModelCheckpointError, OSError) as error:
         typer.echo(f"ds-train: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from error
+
+
+def _model(name: str) -> ModelConfig:
+    """Return a preset, or what a folder's config.json describes."""
+    return ModelConfig.from_pretrained(name) if Path(name).exists() else ModelConfig.preset(name)
 
 
 def _figures() -> Any:

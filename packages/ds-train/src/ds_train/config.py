@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from keras.dtype_policies import DTypePolicy
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ds_model import ConfigError, ModelConfig
+from ds_model import ConfigError, ModelConfig, Recompute
 from ds_precision import Fp8Policy, Fp8Recipe
 from ds_train.errors import TrainConfigError
 from ds_train.schedule import WarmupConstantCosine
@@ -105,6 +105,7 @@ class TrainTable(_Table):
     `nonfinite`: what a step does whose gradient is not finite: end the run, or change nothing and
     be counted. In float16, whose loss is scaled to find out how far it may be, such steps are
     always skipped. `watch_every`: steps between looks at what rounding does; 0 is never.
+    `average_decay`: how much a step leaves of the weights' running average; 0 keeps none.
     """
 
     steps: Positive = 1000
@@ -114,18 +115,9 @@ class TrainTable(_Table):
     dtype_policy: Literal["float32", "mixed_bfloat16", "mixed_float16", "fp8"] = "float32"
     nonfinite: Literal["stop", "skip"] = "stop"
     watch_every: Annotated[int, Field(ge=0)] = 0
-    recompute: Literal["none", "block"] = "none"
+    recompute: Recompute = "none"
+    average_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     log_every: Positive = 10
-
-    @model_validator(mode="after")
-    def _divides(self) -> Self:
-        if self.batch_size % self.accumulation:
-            msg = (
-                f"accumulation = {self.accumulation} must divide batch_size = {self.batch_size} "
-                "(sequences an optimizer step, over all micro-batches)"
-            )
-            raise ValueError(msg)
-        return self
 
 
 class Fp8Table(_Table):
@@ -206,11 +198,18 @@ class TrainConfig(_Table):
 
     @model_validator(mode="after")
     def _deals_out(self) -> Self:
-        table, micro = self.parallel, self.train.accumulation * self.parallel.ep * self.parallel.dp
-        if self.train.batch_size % micro:
+        table, train = self.parallel, self.train
+        if table.ranks == 1 and train.batch_size % train.accumulation:
             msg = (
-                f"batch_size = {self.train.batch_size} of [train] must be a multiple of "
-                f"accumulation x ep x dp = {self.train.accumulation} x {table.ep} x {table.dp}"
+                f"[train] accumulation = {train.accumulation} must divide batch_size = "
+                f"{train.batch_size} (sequences an optimizer step, over all micro-batches)"
+            )
+            raise ValueError(msg)
+        if train.batch_size < train.accumulation * table.ep * table.dp:
+            msg = (
+                f"batch_size = {train.batch_size} of [train] must be at least accumulation x ep x "
+                f"dp = {train.accumulation} x {table.ep} x {table.dp}: each micro-batch needs a "
+                "sequence"
             )
             raise ValueError(msg)
         return self
@@ -254,9 +253,11 @@ class TrainConfig(_Table):
         return config
 
     def in_one_process(self) -> Self:
-        """Return the same run on one rank, in micro-batches of the same size."""
-        shares = self.parallel.ep * self.parallel.dp
-        train = self.train.model_copy(update={"accumulation": self.train.accumulation * shares})
+        """Return the same run on one rank, in micro-batches of the same size or a little less."""
+        size, pieces = self.train.batch_size, self.train.accumulation * self.parallel.ep
+        pieces *= self.parallel.dp
+        pieces = next(n for n in range(pieces, size + 1) if size % n == 0)
+        train = self.train.model_copy(update={"accumulation": pieces})
         return self.model_copy(update={"parallel": ParallelTable(), "train": train})
 
     def policy(self) -> DTypePolicy:

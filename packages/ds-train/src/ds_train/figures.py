@@ -13,11 +13,13 @@ from ds_model import CausalLM
 from ds_precision.figures import PALETTE
 from ds_train.memory import TrainingMemory
 from ds_train.parallel import Schedule, Timetable
+from ds_train.plan import Plan
 
 __all__ = [
     "expert_layer_names",
     "plot_loss",
     "plot_memory",
+    "plot_plan",
     "plot_schedule",
     "plot_stability",
     "plot_training_memory",
@@ -189,6 +191,51 @@ def _unit(size: int) -> tuple[str, float]:
     return "MiB", 2.0**20
 
 
+def plot_plan(plan: Plan) -> Figure:
+    """Draw what each pipeline rank's devices hold, and what takes a step's time.
+
+    Args:
+        plan: Of `ds_train.plan.make_plan` or `search`.
+    """
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[3, 2])
+    ranks = np.arange(len(plan.memory))
+    names = list(dict.fromkeys(name for rank in plan.memory for name in rank))
+    colours = [*PALETTE.values(), "0.6", "0.8"]
+    bottom = np.zeros(len(ranks))
+    for name, colour in zip(names, colours, strict=False):
+        sizes = np.array([rank.get(name, 0.0) for rank in plan.memory]) / 2**30
+        left.bar(ranks, sizes, bottom=bottom, color=colour, label=name, width=0.8)
+        bottom += sizes
+    limit = plan.cluster.memory
+    left.axhline(limit, color="black", linewidth=1.5)
+    left.text(ranks[-1] + 0.4, limit, f"{limit:g} GiB", ha="right", va="bottom", fontsize="small")
+    left.set_xlabel("pipeline rank")
+    left.set_ylabel("held by a device [GiB]")
+    left.legend(
+        frameon=False, fontsize="small", ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1)
+    )
+    done = 0.0
+    for (name, seconds), colour in zip(plan.seconds.items(), PALETTE.values(), strict=False):
+        right.bar([0], [seconds], bottom=[done], color=colour, width=0.5)
+        share = seconds / plan.step_seconds
+        if share >= _SMALLEST:
+            right.text(
+                0.3, done + seconds / 2, f"{name}, {share:.0%}", va="center", fontsize="small"
+            )
+        done += seconds
+    right.set_xlim(-0.4, 1.6)
+    right.set_xticks([])
+    right.set_ylabel("a step [s]")
+    recipe = plan.recipe
+    right.set_title(
+        f"pp {recipe.pp} x ep {recipe.ep} x dp {recipe.dp}, {recipe.schedule}: "
+        f"{plan.tokens_per_second:,.0f} tokens/s a device",
+        fontsize="medium",
+    )
+    return figure
+
+
 def expert_layer_names(model: CausalLM) -> list[str]:
     """Return what to call the layers of `model.moe_layers`, in that order."""
     names = [f"layer {i}" for i, block in enumerate(model.blocks) if block.moe]
@@ -246,4 +293,5 @@ def plot_schedule(schedule: Schedule, timetable: Timetable) -> Figure:
     return figure
 
 
+_SMALLEST = 0.015  # share of a step that still has room for its name
 _NUMBERED = 90  # units of time that still leave room for numbers

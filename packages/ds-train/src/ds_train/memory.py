@@ -5,7 +5,7 @@ Counted are the tensors that stand between operations when the compiled operatio
 
 - the loss: everything that the backward pass needs is there, and the logits with their gradient;
 - each block backwards: what is still kept, the gradients that are there already, and what the
-  block works with; under `recompute = "block"` all that it kept at first comes back here;
+  block works with; what `recompute` makes again, or all that a block had kept, comes back here;
 - the update: all gradients, and new values beside the old ones, one variable at a time.
 
 Not counted: Python and TensorFlow themselves, the graph, code, the allocator's slack, and what
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import get_args
 
-from ds_model import ModelConfig, Recompute, parameter_counts
+from ds_model import ModelConfig, Recompute, parameters_by_part
 
 WIDE = 4  # bytes of float32, which weights, gradients, moments, scores and logits are in
 INDEX = 4  # bytes of int32
@@ -87,8 +87,9 @@ def training_memory(
     sequence: int,
     dtype_policy: str = "float32",
     recompute: Recompute = "none",
+    part: PipelinePart | None = None,
 ) -> TrainingMemory:
-    """Say what one micro-batch of a training step holds.
+    """Say what one micro-batch of a training step holds, or a pipeline rank's several.
 
     Args:
         config: the model; its MTP modules are trained too.
@@ -97,6 +98,7 @@ def training_memory(
         sequence: tokens of one.
         dtype_policy: "float32" or "mixed_bfloat16".
         recompute: what blocks run again; see `CausalLM.forward`.
+        part: which part of the model, and how often; all of it, once, if `None`.
 
     Raises:
         ValueError: a size is not positive, or a policy is unknown.
@@ -112,7 +114,26 @@ def training_memory(
     sizes = {"float32": 4, "mixed_bfloat16": 2}
     if dtype_policy not in sizes:
         raise ValueError(f"dtype_policy is {dtype_policy!r}; it must be one of {', '.join(sizes)}")
-    return _Step(config, batch, sequence, sizes[dtype_policy], recompute == "block").report()
+    part = part or PipelinePart(tuple(range(config.num_hidden_layers)))
+    return _Step(config, batch, sequence, sizes[dtype_policy], recompute, part).report()
+
+
+@dataclass(frozen=True)
+class PipelinePart:
+    """What a pipeline rank has.
+
+    Attributes:
+        blocks: numbers of its blocks.
+        embedding: whether it has the embedding.
+        end: whether it has what follows the last block.
+        in_flight: micro-batches whose activations it holds at once; see
+            `Schedule.peak_activations`.
+    """
+
+    blocks: tuple[int, ...]
+    embedding: bool = True
+    end: bool = True
+    in_flight: int = 1
 
 
 @dataclass(frozen=True)
@@ -121,22 +142,32 @@ class _Step:
     batch: int
     sequence: int
     size: int  # bytes of a number that blocks compute with
-    again: bool  # blocks keep their input and run once more
+    recompute: Recompute
+    part: PipelinePart
 
     def report(self) -> TrainingMemory:
-        c, depth = self.config, self.config.num_nextn_predict_layers
-        blocks = [(c.is_moe_layer(i), self._tokens(0)) for i in range(c.num_hidden_layers)]
+        c, part = self.config, self.part
+        depth = c.num_nextn_predict_layers if part.end else 0
+        blocks = [(c.is_moe_layer(i), self._tokens(0)) for i in part.blocks]
         mtp = [(c.is_moe_layer(c.num_hidden_layers), self._tokens(k + 1)) for k in range(depth)]
-        stack = [(self._kept(moe), tokens) for moe, tokens in blocks]
-        stack += [(self._kept(moe) + self._mtp_kept(), tokens) for moe, tokens in mtp]
-        held = [self._held(*layer, mtp=i >= len(blocks)) for i, layer in enumerate(stack)]
+        # Of each block: what it needs backwards, what it holds until then, and its tokens.
+        stack = [(self._kept(moe), self._held(moe, mtp=False), n) for moe, n in blocks]
+        stack += [
+            (self._kept(moe) + self._mtp_kept(), self._held(moe, mtp=True), n) for moe, n in mtp
+        ]
+        held = [
+            Counter({name: tokens * size for name, size in part.items() if size})
+            for _, part, tokens in stack
+        ]
         # The head's input before and after its norm; the norm's scale, the label, the loss' sum.
-        ends = {"head": self._tokens(0) * (2 * c.hidden_size * self.size + 2 * WIDE + INDEX)}
-        scored = sum(self._tokens(k) for k in range(depth + 1))
+        ends = Counter[str]()
+        if part.end:
+            ends["head"] = self._tokens(0) * (2 * c.hidden_size * self.size + 2 * WIDE + INDEX)
+        scored = sum(self._tokens(k) for k in range(depth + 1)) if part.end else 0
         logits = 2 * scored * c.vocab_size * WIDE
-        counts = parameter_counts(c)
-        parameters = counts.main + counts.router_bias + counts.mtp
-        activations = sum((Counter(part) for part in held), Counter(ends))
+        parameters = self._parameters()
+        activations = sum((Counter(kept) for kept in held), ends)
+        activations = Counter({name: part.in_flight * n for name, n in activations.items()})
         return TrainingMemory(
             parameters=WIDE * parameters,
             moments=2 * WIDE * parameters,
@@ -149,37 +180,56 @@ class _Step:
 
     def _moments(
         self,
-        stack: list[tuple[Counter[str], int]],
+        stack: list[tuple[Counter[str], Counter[str], int]],
         held: list[Counter[str]],
         head: int,
         logits: int,
         parameters: int,
     ) -> dict[str, int]:
         kept = [sum(part.values()) for part in held]
-        found = {"the loss": sum(kept) + head + logits}
+        others = (self.part.in_flight - 1) * (sum(kept) + head)  # of other micro-batches
+        found = {"the loss": others + sum(kept) + head + logits}
         # Blocks' shares of the weights differ little from equal ones, so far as memory goes.
         outside = 2 * self.config.vocab_size * self.config.hidden_size
         share = max(parameters - outside, 0) / len(stack)
         for i in reversed(range(len(stack))):
-            layer, tokens = stack[i]
+            needed, waiting, tokens = stack[i]
             gradients = WIDE * (outside // 2 + share * (len(stack) - i))
             works = tokens * self._working()
-            returned = tokens * sum(layer.values()) if self.again else 0
-            found[f"block {i} backwards"] = round(sum(kept[: i + 1]) + gradients + works + returned)
+            # Of a block that runs again its input stands beside all that it makes.
+            again = self.recompute == "block"
+            returned = tokens * (sum(needed.values()) - (0 if again else sum(waiting.values())))
+            here = others + sum(kept[: i + 1]) + gradients + works + returned
+            found[f"block {i} backwards"] = round(here)
         found["the update"] = WIDE * (parameters + 2 * _largest(self.config))
         return found
+
+    def _parameters(self) -> int:
+        c, part, parts = self.config, self.part, parameters_by_part(self.config)
+        names = [f"blocks.{i}" for i in part.blocks]
+        if part.embedding:
+            names.append("embed_tokens")
+        if part.end:
+            names += [name for name in ("norm", "lm_head") if name in parts]
+            names += [f"mtp.{k}" for k in range(c.num_nextn_predict_layers)]
+        return sum(parts[name].shared + parts[name].experts for name in names)
 
     def _tokens(self, depth: int) -> int:
         return self.batch * (self.sequence - depth)
 
-    def _held(self, kept: Counter[str], tokens: int, mtp: bool) -> Counter[str]:
-        """What the forward pass leaves of one block: all that it keeps, or what comes in."""
-        if not self.again:
-            return Counter({name: tokens * size for name, size in kept.items()})
-        states = 3 if mtp else 1  # an MTP module: two ways in, and what it gives to the head
-        routing = kept["routing"]
-        held = {"block inputs": states * self.config.hidden_size * self.size, "routing": routing}
-        return Counter({name: tokens * size for name, size in held.items() if size})
+    def _held(self, moe: bool, mtp: bool) -> Counter[str]:
+        """What the forward pass leaves of one token in one block."""
+        found, c = self._kept(moe), self.config
+        if self.recompute == "block":
+            states = 3 if mtp else 1  # an MTP module: two ways in, and what it gives to the head
+            inputs = states * c.hidden_size * self.size
+            return Counter({"block inputs": inputs, "routing": found["routing"]})
+        if self.recompute == "parts":
+            found["residuals and norms"] -= c.hidden_size * self.size + WIDE
+            latents = (c.q_lora_rank or 0) + c.kv_lora_rank + c.qk_rope_head_dim
+            found["latents"] = latents * self.size
+            found["queries, keys, values"] = 0
+        return found + self._mtp_kept() if mtp else found
 
     def _kept(self, moe: bool) -> Counter[str]:
         """What a block keeps of one token: the inputs of its products and norms, first of all."""

@@ -156,9 +156,12 @@ def _run(
         stage.summary = f"{accepted} of {drafted} drafts accepted"
     with stages.stage("saving") as stage:
         folder = out / "model"
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        _save(model, tokenizer, folder)
         stage.summary = str(folder)
+        if trainer.average is not None:
+            with trainer.average.in_place():
+                _save(model, tokenizer, out / "model-average")
+            stage.summary += f", {out / 'model-average'}"
     return RunResult(
         out, folder, config.train.steps, report, tuple(samples), tuple(plots), stages.seconds
     )
@@ -224,6 +227,11 @@ def _training_summary(config: TrainConfig, model: CausalLM, tokens: TokenFile) -
         f"{model.count_params() / 1e6:.1f}M parameters, {table.steps:,} steps, {seen:,} tokens "
         f"({seen / (tokens.tokens * config.data.latest):.2f} passes{part})"
     )
+
+
+def _save(model: CausalLM, tokenizer: Tokenizer, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _checkpoint_key(trainer: Trainer) -> str:

@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from ds_model import CausalLM, ModelConfig
 from ds_moe import max_violation
+from ds_train.average import ParameterAverage
 from ds_train.callbacks import Callback, StepMetrics
 from ds_train.checkpoint import Alone, CheckpointStore, Contents, whole_contents
 from ds_train.config import TrainConfig
@@ -58,6 +59,7 @@ class Trainer:
     Attributes:
         model: The model in training, made from `config.train.seed`; of many ranks this one's part.
         optimizer: Its AdamW.
+        average: The running average of its weights, where `[train] average_decay` asks for it.
         checkpoints: The run's checkpoints.
 
     Raises:
@@ -105,6 +107,9 @@ class Trainer:
         whole = (config, self._model_config, self.optimizer)
         self._share = _WholeShare(*whole) if world is None else RankShare(*whole, world)
         self.model = self._share.model
+        decay = config.train.average_decay
+        weights = self.model.trainable_variables
+        self.average = ParameterAverage(weights, decay) if decay else None
         everyone = self._share.everyone
         self.checkpoints = CheckpointStore(
             self.out / "checkpoints", config.checkpoint.keep, everyone
@@ -156,9 +161,12 @@ class Trainer:
         return self._share.describe()
 
     def _save(self, step: int) -> None:
-        path = self.checkpoints.save(step, self._share.contents(to_save=True), self._state())
+        path = self.checkpoints.save(step, self._contents(to_save=True), self._state())
         for callback in self._callbacks:
             callback.on_checkpoint(path)
+
+    def _contents(self, to_save: bool) -> Contents:
+        return self._share.contents(to_save, [] if self.average is None else self.average.values)
 
     def _one_step(self, step: int) -> None:
         table = self.config.train
@@ -182,6 +190,8 @@ class Trainer:
                 f"({self.config.schedule.peak}) and go on from the last checkpoint"
             )
             raise TrainError(msg)
+        if self.average is not None and applied:
+            self.average.update()
         metrics = StepMetrics(
             step=step + 1,
             tokens_per_second=batch[:, 1:].size / seconds,
@@ -205,7 +215,7 @@ class Trainer:
             raise CheckpointError(msg)
         state = self.checkpoints.read_state(steps[-1])
         self._check_same_run(state, self.checkpoints.path(steps[-1]))
-        self.checkpoints.load(steps[-1], self._share.contents(to_save=False))
+        self.checkpoints.load(steps[-1], self._contents(to_save=False))
         scaling = state.get("loss_scaling", {})
         self._skipped = scaling.get("skipped", 0)
         self._share.loaded(scaling)
@@ -249,8 +259,12 @@ class _WholeShare:
     def run(self, batch: np.ndarray, accumulation: int) -> StepOutput:
         return self._step.compiled(tf.constant(batch.reshape(accumulation, -1, batch.shape[-1])))
 
-    def contents(self, to_save: bool) -> Contents:  # noqa: ARG002 - all is read, all is written
-        return whole_contents(self.model, self._optimizer)
+    def contents(
+        self,
+        to_save: bool,  # noqa: ARG002 - all is read, all is written
+        average: Sequence[keras.Variable] = (),
+    ) -> Contents:
+        return whole_contents(self.model, self._optimizer, average)
 
     def loss_scaling(self) -> dict[str, float]:
         step = self._step

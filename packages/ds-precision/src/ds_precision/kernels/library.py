@@ -66,8 +66,7 @@ def kernels() -> ModuleType | None:
         log.warning("the fast operations can't be compiled, stock ones run: %s", said.strip())
         return None
     found = tf.load_op_library(str(path))
-    threads = tf.config.threading.get_intra_op_parallelism_threads()
-    ctypes.CDLL(str(path)).ds_set_threads(threads or _processors())
+    ctypes.CDLL(str(path)).ds_set_threads(_threads())
     return found
 
 
@@ -117,6 +116,13 @@ def _processor() -> str:
         return platform.processor()
     lines = known.read_text(encoding="utf-8", errors="replace").splitlines()
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def _threads() -> int:
+    """Return as many as TensorFlow's own operations take, from the program or the environment."""
+    said = os.environ.get("TF_NUM_INTRAOP_THREADS", "")
+    asked = int(said) if said.isdecimal() else 0
+    return tf.config.threading.get_intra_op_parallelism_threads() or asked or _processors()
 
 
 def _processors() -> int:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import accumulate, islice
 
-from ds_model import ModelConfig, ModelPart
+from ds_model import ModelConfig, ModelPart, parameters_by_part
 from ds_moe import ExpertRanks
 from ds_train.errors import TrainConfigError
 from ds_train.parallel.mesh import Group, Mesh
@@ -13,16 +16,21 @@ from ds_train.parallel.schedules import Schedule
 
 _EXPERTS = re.compile(r"/mlp/(gate_up_proj|down_proj)$")
 _BLOCK = re.compile(r"block_(\d+)/")
+_STAGES_COUNT = 0.01  # beside ranks
 
 
-def blocks_of_stages(config: ModelConfig, stages: int) -> list[tuple[int, ...]]:
-    """Deal blocks out to stages, in order, as evenly as can be.
+def blocks_of_stages(
+    config: ModelConfig, stages: int, together: Sequence[Sequence[int]] | None = None
+) -> list[tuple[int, ...]]:
+    """Deal blocks out to stages, in order, so that the ranks have as even work as can be.
 
-    The last stage has the MTP modules too, each of which counts as a block.
+    Work is counted in parameters that multiply a token; the last stage has the head and the MTP
+    modules besides, each of which goes through the head again.
 
     Args:
         config: of the model.
         stages: how many.
+        together: the stages of each rank; each its own if `None`.
 
     Returns:
         The blocks of each stage.
@@ -30,22 +38,59 @@ def blocks_of_stages(config: ModelConfig, stages: int) -> list[tuple[int, ...]]:
     Raises:
         TrainConfigError: there are more stages than blocks.
     """
-    layers, depth = config.num_hidden_layers, config.num_nextn_predict_layers
+    layers = config.num_hidden_layers
     if stages > layers:
         raise TrainConfigError(
             f"{stages} pipeline stages and num_hidden_layers = {layers}; each stage needs a block"
         )
-    if stages == 1:
-        return [tuple(range(layers))]
-    # The last stage's own blocks: an even share less the modules; the others share the rest.
-    last = max(1, min((layers + depth) // stages - depth, layers - stages + 1))
-    share, more = divmod(layers - last, stages - 1)
-    sizes = [share + (stage < more) for stage in range(stages - 1)] + [last]
-    found, first = [], 0
-    for size in sizes:
-        found.append(tuple(range(first, first + size)))
-        first += size
-    return found
+    ranks = together or [(stage,) for stage in range(stages)]
+    works, end = work_of_blocks(config)
+    share, more = divmod(layers, stages)
+    sizes = [share + (stage < more) for stage in range(stages)]
+
+    def loads(sizes: list[int]) -> list[int]:
+        ends = accumulate(sizes)
+        found = [sum(works[last - size : last]) for size, last in zip(sizes, ends, strict=True)]
+        found[-1] += end
+        return found
+
+    def of_ranks(stages: list[int]) -> list[int]:
+        return [sum(stages[stage] for stage in rank) for rank in ranks]
+
+    def unevenness(sizes: list[int]) -> float:
+        stages = loads(sizes)
+        # Ranks count, and where those are even, stages: activations lie where blocks do.
+        return sum(n**2 for n in of_ranks(stages)) + _STAGES_COUNT * sum(n**2 for n in stages)
+
+    # Take from the busiest what another can do with less harm, as long as that helps.
+    while True:
+        now = loads(sizes)
+        busiest = of_ranks(now)
+        givers = {*ranks[busiest.index(max(busiest))], now.index(max(now))}
+        moves = [
+            [size - (stage == giver) + (stage == taker) for stage, size in enumerate(sizes)]
+            for giver in givers
+            for taker in range(stages)
+            if sizes[giver] > 1 and taker != giver
+        ]
+        best = min(moves, key=unevenness, default=sizes)
+        if unevenness(best) >= unevenness(sizes):
+            break
+        sizes = best
+    numbers = iter(range(layers))
+    return [tuple(islice(numbers, size)) for size in sizes]
+
+
+@cache
+def work_of_blocks(config: ModelConfig) -> tuple[list[int], int]:
+    """Return the parameters that multiply a token in each block, and those behind the last one."""
+    parts = parameters_by_part(config)
+    chosen, experts = config.num_experts_per_tok or 0, config.n_routed_experts or 1
+    active = {name: part.shared + part.experts * chosen // experts for name, part in parts.items()}
+    head = active.get("lm_head", active["embed_tokens"])
+    depth = config.num_nextn_predict_layers
+    end = head + sum(active[f"mtp.{k}"] + head for k in range(depth))
+    return [active[f"blocks.{i}"] for i in range(config.num_hidden_layers)], end
 
 
 @dataclass(frozen=True)
@@ -69,12 +114,16 @@ class Layout:
                 f"[parallel] ep = {self.mesh.ep} and n_routed_experts = {experts}; each rank needs "
                 "the same number of experts"
             )
-        blocks_of_stages(self.config, self.schedule.stages)
+        self.blocks  # noqa: B018 - whose numbers may not fit
 
-    @property
+    @cached_property
     def blocks(self) -> list[tuple[int, ...]]:
         """The blocks of each stage."""
-        return blocks_of_stages(self.config, self.schedule.stages)
+        schedule = self.schedule
+        together = [schedule.held_by(rank) for rank in range(len(schedule.ranks))]
+        if schedule.name == "dualpipe":  # both directions are there, each stage at two ranks
+            together = together[: len(together) // 2]
+        return blocks_of_stages(self.config, schedule.stages, together)
 
     @property
     def last_stage(self) -> int:

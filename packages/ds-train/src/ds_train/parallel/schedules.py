@@ -19,7 +19,7 @@ Letters: P ranks, M micro-batches.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
@@ -146,12 +146,15 @@ class Schedule:
 
     def peak_activations(self, rank: int) -> int:
         """Return how many micro-batches a rank holds activations of, one stage each, at most."""
-        held = most = 0
+        return max(sum(counts.values()) for counts in self.activations(rank))
+
+    def activations(self, rank: int) -> Iterator[Counter[int]]:
+        """Say after each slot's forward passes how many micro-batches a rank holds, by stage."""
+        held = Counter[int]()
         for slot in self.ranks[rank]:
-            held += sum(work.kind == "F" for work in slot)
-            most = max(most, held)
-            held -= sum(work.kind in "BW" for work in slot)
-        return most
+            held.update(work.stage for work in slot if work.kind == "F")
+            yield Counter(held)
+            held.subtract(work.stage for work in slot if work.kind in "BW")
 
     def programs(self) -> tuple[tuple[Slot | Exchange, ...], ...]:
         """Put the exchanges between the slots: for each rank all it does, in order.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -76,17 +76,19 @@ class RankShare:
             LostRankError: another rank is gone, or does not answer.
         """
         world = self.everyone
-        rows = batch.reshape(world.mesh.data_ranks, accumulation, -1, batch.shape[-1])
-        tokens = tf.constant(rows[world.mesh.data_rank(world.rank)])
+        sizes = micro_batches(len(batch), world.mesh.data_ranks, accumulation)
+        mine = world.mesh.data_rank(world.rank)
+        first = sum(map(sum, sizes[:mine]))
+        tokens = tf.constant(batch[first : first + sum(sizes[mine])])
         try:
-            return self._step.compiled(tokens)
+            return self._step.compiled(tokens, sizes[mine])
         except tf.errors.OpError as error:
             raise lost(error, "within a step") from error
 
-    def contents(self, to_save: bool) -> Contents:
+    def contents(self, to_save: bool, average: Sequence[keras.Variable] = ()) -> Contents:
         """Return what this rank needs of a checkpoint, or what it is to write."""
         weights = self._update.weights(self.model.variables)
-        moments = self._update.moments()
+        moments = [*self._update.moments(), *self._update.averages(average)]
         if to_save:
             weights, moments = (
                 [piece for piece in pieces if self._update.writes(piece)]
@@ -106,7 +108,13 @@ class RankShare:
 
     @contextmanager
     def hears_of_stops(self) -> Iterator[None]:
-        """Within it SIGTERM is noted, and ends the run at the end of a step, on all ranks."""
+        """Within it SIGTERM is noted, and ends the run at the end of a step, on all ranks.
+
+        Only a process's first thread can hear of signals; Ray runs ranks in another.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         before = signal.signal(signal.SIGTERM, lambda *_: self._stop.set())
         try:
             yield
@@ -136,6 +144,13 @@ class RankShare:
         self.everyone.check_same(
             {"configuration": config.model_dump_json(), "code": code_sha256(), "text": data_sha256}
         )
+
+
+def micro_batches(sequences: int, ranks: int, accumulation: int) -> list[tuple[int, ...]]:
+    """Deal sequences out, as evenly as can be: return the sizes of each rank's micro-batches."""
+    share, more = divmod(sequences, ranks * accumulation)
+    sizes = [share + (i < more) for i in range(ranks * accumulation)]
+    return [tuple(sizes[at : at + accumulation]) for at in range(0, len(sizes), accumulation)]
 
 
 def layout_of(config: TrainConfig, model_config: ModelConfig) -> Layout:

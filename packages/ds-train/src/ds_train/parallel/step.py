@@ -4,8 +4,11 @@ What a rank computes is what `TrainStep` computes, cut differently: its micro-ba
 part of the model, in the order of the schedule; gradients summed over who holds the same weights;
 then sums over all ranks of what belongs to the whole step: the gradient's norm, losses, loads.
 
-Shape letters: N micro-batches, B sequences of a micro-batch, S sequence, D hidden_size, L expert
-layers of the whole model, E experts.
+Where a batch can't be dealt out evenly, micro-batches differ by a sequence. What is a mean over one
+then counts by its sequences.
+
+Shape letters: G sequences of this rank's share, N micro-batches, B sequences of a micro-batch, S
+sequence, D hidden_size, L expert layers of the whole model, E experts.
 """
 
 from __future__ import annotations
@@ -61,25 +64,27 @@ class ParallelStep:
         self._program = layout.schedule.programs()[world.place.pp]
         self.compiled = tf.function(self.step, autograph=False)
 
-    def step(self, tokens_NBS: tf.Tensor) -> StepOutput:
+    def step(self, tokens_GS: tf.Tensor, sizes: tuple[int, ...]) -> StepOutput:
         """Do one optimizer step.
 
         Args:
-            tokens_NBS: `[N, B, S + 1]` int32, static shape: this rank's share of the batch, the
-                same for all ranks of one pipeline.
+            tokens_GS: `[G, S + 1]` int32, static shape: this rank's share of the batch, the same
+                for all ranks of one pipeline.
+            sizes: sequences of each of its micro-batches.
 
         Returns:
             Losses are means and loads are sums over the whole batch, the same on all ranks.
         """
         iterations = tf.identity(self._update.optimizer.iterations)
         weight = mtp_weight(self._config, iterations)
+        tokens_NBS = tf.split(tokens_GS, sizes)
         run = _Micros(self._model, self._config, self._layout, self._world, weight, tokens_NBS)
         for item in self._program:
             if isinstance(item, Exchange):
                 run.exchange(item)
             else:
                 run.compute(item)
-        count = tokens_NBS.shape[0] * self._world.mesh.data_ranks
+        count = len(sizes) * self._world.mesh.data_ranks
         reduced, squares = self._update.reduce(run.gradients)
         mine = tf.concat([[squares], run.parts, tf.reshape(run.loads, [-1])], axis=0)
         total = self._world.all.all_reduce(mine)
@@ -138,7 +143,7 @@ class _Micros:
         layout: Layout,
         world: World,
         mtp_weight: tf.Tensor,
-        tokens_NBS: tf.Tensor,
+        tokens_NBS: Sequence[tf.Tensor],
     ) -> None:
         self._model = model
         self._world = world
@@ -149,6 +154,8 @@ class _Micros:
         # Recomputed blocks run their forward pass within the backward one, all at once.
         self._split = layout.schedule.splits and self._recompute == "none"
         self._tokens = tokens_NBS
+        mesh, table = world.mesh, config.train
+        self._even = table.batch_size / (table.accumulation * mesh.data_ranks)
         self._weights: list[keras.Variable] = list(self._model.trainable_variables)
         self._at = {id(weight): i for i, weight in enumerate(self._weights)}
         self._sums: list[tf.Tensor | None] = [None] * len(self._weights)
@@ -178,7 +185,7 @@ class _Micros:
 
     def exchange(self, item: Exchange) -> None:
         """Give a neighbour what is ready for it, and take what it has."""
-        sent = [self._leaving.pop(work) for work in item.send]
+        sent = [self._widened(self._leaving.pop(work)) for work in item.send]
         rows = max(len(item.send), len(item.receive))
         sent += [tf.zeros(self._shape, self._dtype)] * (rows - len(sent))
         world = self._world
@@ -187,12 +194,17 @@ class _Micros:
         pair = world.ranks(world.mesh.pair(world.rank, peer))
         received = tf.unstack(pair.swap(tf.stack(sent)))
         for work, tensor in zip(item.receive, received, strict=False):
-            self._arrived[work] = tensor
+            self._arrived[work] = tensor[: self._tokens[work.micro_batch].shape[0]]
 
     @property
     def _shape(self) -> list[int]:
-        batch, length = self._tokens.shape[1:]
-        return [batch, length - 1, self._model.config.hidden_size]
+        """Of what travels: both ways alike, so that of the largest micro-batch."""
+        batch = max(tokens.shape[0] for tokens in self._tokens)
+        return [batch, self._tokens[0].shape[1] - 1, self._model.config.hidden_size]
+
+    def _widened(self, tensor: tf.Tensor) -> tf.Tensor:
+        missing = self._shape[0] - tensor.shape[0]
+        return tf.pad(tensor, [[0, missing], [0, 0], [0, 0]]) if missing else tensor
 
     @property
     def _dtype(self) -> str:
@@ -235,6 +247,8 @@ class _Micros:
                     results.append(h)
                     losses = [tf.constant(0.0), tf.constant(0.0)]
                 losses.append(balance_loss(routings, tf.shape(tokens_BS)[0]))
+                if (share := tokens_BS.shape[0] / self._even) != 1:
+                    losses = [share * loss for loss in losses]
                 results.append(
                     losses[0] + self._mtp_weight * losses[1] + self._balance_alpha * losses[2]
                 )

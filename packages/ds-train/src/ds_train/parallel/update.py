@@ -114,9 +114,18 @@ class Update(ABC):
         """Return variables of this rank's part as pieces of the whole model's."""
         return [self._piece(weight_name(variable), variable, variable) for variable in variables]
 
+    def averages(self, values: Sequence[keras.Variable]) -> list[Piece]:
+        """Return the averages of this rank's weights as pieces of the whole model's."""
+        return [
+            self._piece(f"average/{weight_name(weight)}", value, weight)
+            for weight, value in zip(self._weights, values, strict=False)
+        ]
+
     def writes(self, piece: Piece) -> bool:
         """Say whether this rank, of those that have the same numbers, is the one to save them."""
-        name = piece.name.removeprefix("momentum/").removeprefix("velocity/")
+        name = piece.name
+        for kind in ("momentum/", "velocity/", "average/"):
+            name = name.removeprefix(kind)
         return self._layout.replicas(name, self._world.rank).ranks[0] == self._world.rank
 
     @abstractmethod

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable
@@ -162,6 +163,8 @@ def main(path: str) -> int:
         world = World.join(Mesh(table.pp, table.ep, table.dp))
         name = f"rank {world.rank}"
         train_rank(run, world, open_token_file(run.tokens), [Progress()])
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        say(f"{name}: done; held {most:,.0f} MiB at most")
         world.wait_for_all()
 
     return guarded(lambda: name, work)
