@@ -60,7 +60,7 @@ def draw(by_name: dict[str, list[dict[str, Any]]], path: Path) -> None:
     measures = (("variation", "coefficient of variation"), ("max_violation", "MaxVio"))
     for layer in range(layers):
         for axis, (measure, label) in zip(axes[layer], measures, strict=True):
-            for (name, runs), colour in zip(by_name.items(), COLOURS, strict=False):
+            for (name, runs), colour in zip(by_name.items(), [*COLOURS, "black"], strict=False):
                 values = np.mean([run[measure][layer] for run in runs], axis=0)
                 steps = EVERY * (1 + np.arange(len(values)))
                 axis.plot(steps, values, color=colour, label=name)

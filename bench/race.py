@@ -9,7 +9,9 @@ from bench.load import OtherLoad, session_seconds
 from bench.process import Process, WorkerError
 from bench.ratios import pair_order
 
-SETTLE = 0.3  # seconds between runs: some pools spin that long after their work
+# Seconds between runs. Some pools spin for a while after their work: with 0.3 the waiting workers
+# took 16% of a processor while short prompts were read, with this 1%.
+SETTLE = 1.5
 
 
 class Race:

@@ -229,7 +229,7 @@ def plot_plan(plan: Plan) -> Figure:
     right.set_ylabel("a step [s]")
     recipe = plan.recipe
     right.set_title(
-        f"pp {recipe.pp} x ep {recipe.ep} x dp {recipe.dp}, {recipe.schedule}: "
+        f"pp {recipe.pp} x ep {recipe.ep} x dp {recipe.dp}, {recipe.schedule}:\n"
         f"{plan.tokens_per_second:,.0f} tokens/s a device",
         fontsize="medium",
     )
