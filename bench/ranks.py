@@ -11,6 +11,7 @@ two processors more than two processes only take turns: what four show is that n
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import resource
 import statistics
@@ -36,7 +37,7 @@ from ds_train.parallel.worker import RankRun
 
 DOCS = ROOT / "docs"
 FEW, MANY = 4, 16
-MICRO, SIZES = 6, (1, 5)  # micro-batches, and sequences of one, where memory is measured
+MICRO, SIZES = 6, (4, 12)  # micro-batches, and sequences of one, where memory is measured
 SCHEDULES = ("1f1b", "zb1p", "dualpipev")
 BATCH, SEQUENCE = 8, 256
 LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")
@@ -204,7 +205,12 @@ def measure(mesh: str, tokens: TokenFile) -> Point:
 
 
 def measure_held(schedule: str, tokens: TokenFile) -> list[Held]:
-    """Train on two pipeline ranks, with micro-batches of two sizes."""
+    """Train on two pipeline ranks, with micro-batches of two sizes.
+
+    With one arena of the allocator's: else what one thread frees another can't use, and a third
+    more was held.
+    """
+    os.environ["MALLOC_ARENA_MAX"] = "1"  # the ranks inherit it
     peaks = []
     for size in SIZES:
         config = config_of({"pp": 2, "schedule": schedule, "accumulation": MICRO}, 3, MICRO * size)
@@ -215,8 +221,8 @@ def measure_held(schedule: str, tokens: TokenFile) -> list[Held]:
         found = (
             re.fullmatch(r"rank (\d+): done; held ([\d,]+) MiB at most", line) for line in said
         )
-        held = {int(line[1]): int(line[2].replace(",", "")) * 2**20 for line in found if line}
-        peaks.append(held)
+        peak = {int(line[1]): int(line[2].replace(",", "")) * 2**20 for line in found if line}
+        peaks.append(peak)
     model, made = config.model.build(), make_schedule(schedule, 2, MICRO)
     layout = Layout(model, Mesh(pp=2), made)
     points = []
@@ -226,7 +232,8 @@ def measure_held(schedule: str, tokens: TokenFile) -> list[Held]:
         stages = len(made.held_by(rank))
         # A rank of the V form has two stages, and holds a micro-batch in one at a time.
         pipeline = PipelinePart(part.blocks, part.embedding, part.end, -(-flight // stages))
-        few, many = (training_memory(model, size, SEQUENCE, part=pipeline).step for size in SIZES)
+        held = [training_memory(model, size, SEQUENCE, part=pipeline) for size in SIZES]
+        few, many = (found.step + found.scratch for found in held)
         apart = SIZES[1] - SIZES[0]
         points.append(
             Held(
@@ -250,6 +257,7 @@ def main(words: Sequence[str] | None = None) -> int:
     made = argparse.ArgumentParser(prog="bench.ranks", description=__doc__)
     made.add_argument("--render", action="store_true", help="write the page again from its data")
     made.add_argument("--meshes", default="", help="semicolon-separated: renew only these")
+    made.add_argument("--memory", action="store_true", help="renew only what schedules hold")
     made.add_argument("--out", type=Path, default=DOCS, help="the folder of the page [docs]")
     given = made.parse_args(words)
     data: Path = given.out / "assets" / "ranks.json"
@@ -257,7 +265,9 @@ def main(words: Sequence[str] | None = None) -> int:
     if data.exists():
         found = Found.model_validate_json(data.read_text(encoding="utf-8"))
     if not given.render:
-        wanted = [name for name in given.meshes.split(";") if name] or list(MESHES)
+        wanted = [name for name in given.meshes.split(";") if name]
+        if not wanted and not given.memory:
+            wanted = list(MESHES)
         vocab = config_of(MESHES["dp2"], 1).model.build().vocab_size
         ids = np.random.default_rng(0).integers(2, vocab, 50_000)
         with tempfile.TemporaryDirectory() as folder:
@@ -267,7 +277,7 @@ def main(words: Sequence[str] | None = None) -> int:
                 point = measure(mesh, tokens)
                 found.points = [p for p in found.points if p.mesh != mesh] + [point]
                 keep(found, data)
-            for schedule in () if given.meshes else SCHEDULES:
+            for schedule in SCHEDULES if given.memory or not given.meshes else ():
                 print(f"memory of {schedule}", file=sys.stderr, flush=True)
                 held = measure_held(schedule, tokens)
                 found.held = [h for h in found.held if h.schedule != schedule] + held

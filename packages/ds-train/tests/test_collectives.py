@@ -204,3 +204,15 @@ def test_a_batch_that_leaves_a_rank_without_a_sequence():
 def test_micro_batches_differ_by_a_sequence_at_most():
     assert micro_batches(7, 2, 3) == [(2, 1, 1), (1, 1, 1)]
     assert micro_batches(8, 2, 2) == [(2, 2), (2, 2)]
+
+
+def test_who_is_gone_when_all_is_done_is_no_loss(monkeypatch):
+    world = World(Mesh(dp=2), rank=1)
+
+    def gone(_):
+        raise LostRankError("rank 0 has ended")
+
+    monkeypatch.setattr(world, "total", gone)
+    world.leave_together()
+    with pytest.raises(LostRankError):
+        world.wait_for_all()

@@ -199,7 +199,7 @@ def run_here(
             world.wait_for_all()
         run = RankRun(config, _model_config(config, tokenizer), tokens.path, out, resume)
         train_rank(run, world, tokens, [Progress()])
-        world.wait_for_all()
+        world.leave_together()
 
     return guarded(lambda: name, work)
 

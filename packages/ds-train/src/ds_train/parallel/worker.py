@@ -165,6 +165,6 @@ def main(path: str) -> int:
         train_rank(run, world, open_token_file(run.tokens), [Progress()])
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
         say(f"{name}: done; held {most:,.0f} MiB at most")
-        world.wait_for_all()
+        world.leave_together()
 
     return guarded(lambda: name, work)

@@ -11,8 +11,9 @@ import hashlib
 import os
 import re
 import socket
+import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import tensorflow as tf
@@ -24,6 +25,7 @@ from ds_train.parallel.mesh import Group, Mesh, Place
 
 JOIN_SECONDS = int(os.environ.get("DS_TRAIN_JOIN_SECONDS", "120"))
 HEARTBEAT_SECONDS = 10
+_LAST_SECONDS = 1.0  # that the others have to end in
 LOST = 3  # exit code of a process whose peers are gone
 _LEADER = "/job:worker/replica:0/task:0"
 
@@ -128,6 +130,17 @@ class World:
             LostRankError: one will not.
         """
         self.total(0.0)
+
+    def leave_together(self) -> None:
+        """Come back once every rank is done with all there was to do and to save.
+
+        Who comes back first ends its process, perhaps while others still hear of it: to find one
+        gone here is no loss. Rank 0 has the service that all report to, and so leaves last.
+        """
+        with suppress(LostRankError):
+            self.wait_for_all()
+        if self.rank == 0 and self.size > 1:
+            time.sleep(_LAST_SECONDS)
 
     def total(self, number: float) -> float:
         """Return the sum of what every rank gave.
