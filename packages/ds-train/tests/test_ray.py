@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from conftest import MODEL, losses
-from ds_train.cli import app  # noqa: F401 - what the subprocess runs
 
 CONFIG = f"""
 [model]

@@ -154,6 +154,19 @@ class CheckpointStore:
         found = self.folder.glob("step-*/manifest.json")
         return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
 
+    def refuse_any(self) -> None:
+        """See that there is no checkpoint, for a run that is to start at step 0.
+
+        Raises:
+            CheckpointError: there is one; nothing is lost.
+        """
+        if steps := self.steps():
+            msg = (
+                f"{self.folder}: has checkpoints up to step {steps[-1]}; choose "
+                "another --out, remove that folder, or resume"
+            )
+            raise CheckpointError(msg)
+
     def path(self, step: int) -> Path:
         """Returns the folder of a step's checkpoint, there or not."""
         return self.folder / f"step-{step:08d}"

@@ -31,6 +31,15 @@ from ds_train.parallel.on_ray import train_on_ray
 from ds_train.parallel.text import timetable_text
 from ds_train.parallel.worker import leave
 from ds_train.peak import measure_step
+from ds_train.plan import Recipe, compare, make_plan, measure_cluster, read_cluster, search
+from ds_train.plan.cluster import as_toml
+from ds_train.plan.text import (
+    error_line,
+    plan_as_json,
+    show_candidates,
+    show_comparisons,
+    show_plan,
+)
 from ds_train.pretrain import RunResult, pretrain, run_here
 from ds_train.quickstart import STEPS, quickstart
 
@@ -231,36 +240,33 @@ def plan_command(
     Memory of a device, time of a step, price of a run, from what each part moves and computes. How
     far that is from published runs stands below it. Nothing is trained.
     """
-    from ds_train import plan as planning  # noqa: PLC0415 - a command's own
-    from ds_train.plan import text  # noqa: PLC0415
-    from ds_train.plan.cluster import as_toml  # noqa: PLC0415
-
     console = Console()
     with _one_line_errors():
         if measure:
-            typer.echo(as_toml(planning.measure_cluster(memory=memory)), nl=False)
+            typer.echo(as_toml(measure_cluster(memory=memory)), nl=False)
             return
-        compared = planning.compare()
+        compared = compare()
         if check:
-            text.show_comparisons(console, compared)
+            show_comparisons(console, compared)
             return
         config = _model(model)
-        where = planning.read_cluster(cluster)
-        given = {"devices": devices, "batch": batch, "sequence": sequence, "precision": precision}
+        where = read_cluster(cluster)
+        given: dict[str, Any] = {"devices": devices, "batch": batch, "sequence": sequence}
+        given["precision"] = precision
         if pp is None:
-            plans = planning.search(config, where, **given)  # type: ignore[arg-type]
+            plans = search(config, where, **given)
         else:
-            how = {"schedule": schedule, "recompute": recompute, "zero": zero}
-            recipe = planning.Recipe(pp=pp, ep=ep or 1, micro_batch=micro_batch, **given, **how)  # type: ignore[arg-type]
-            plans = [planning.make_plan(config, where, recipe)]
+            given |= {"pp": pp, "ep": ep or 1, "micro_batch": micro_batch, "zero": zero}
+            given |= {"schedule": schedule, "recompute": recompute}
+            plans = [make_plan(config, where, Recipe(**given))]
         best = plans[0]
         if as_json:
-            typer.echo(json.dumps(text.as_json(best, tokens), indent=2))
+            typer.echo(json.dumps(plan_as_json(best, tokens), indent=2))
         else:
             if len(plans) > 1:
-                text.show_candidates(console, plans)
-            text.show_plan(console, best, tokens)
-            console.print(text.error_line(compared), highlight=False, soft_wrap=True)
+                show_candidates(console, plans)
+            show_plan(console, best, tokens)
+            console.print(error_line(compared), highlight=False, soft_wrap=True)
         if plot is not None:
             _figures().plot_plan(best).savefig(plot, dpi=150)
             typer.echo(str(plot), err=as_json)

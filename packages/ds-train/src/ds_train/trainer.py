@@ -204,15 +204,11 @@ class Trainer:
             callback.on_step(metrics)
 
     def _restore(self, resume: bool) -> int:
+        if not resume:
+            self.checkpoints.refuse_any()
         steps = self.checkpoints.steps()
         if not steps:
             return 0
-        if not resume:
-            msg = (
-                f"{self.checkpoints.folder}: has checkpoints up to step {steps[-1]}; choose "
-                "another --out, remove that folder, or resume"
-            )
-            raise CheckpointError(msg)
         state = self.checkpoints.read_state(steps[-1])
         self._check_same_run(state, self.checkpoints.path(steps[-1]))
         self.checkpoints.load(steps[-1], self._contents(to_save=False))

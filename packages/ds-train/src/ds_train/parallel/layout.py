@@ -30,7 +30,7 @@ def blocks_of_stages(
     Args:
         config: of the model.
         stages: how many.
-        together: the stages of each rank; each its own if `None`.
+        together: the stages that one rank holds; each its own if `None`.
 
     Returns:
         The blocks of each stage.
@@ -82,7 +82,7 @@ def blocks_of_stages(
 
 
 @cache
-def work_of_blocks(config: ModelConfig) -> tuple[list[int], int]:
+def work_of_blocks(config: ModelConfig) -> tuple[tuple[int, ...], int]:
     """Return the parameters that multiply a token in each block, and those behind the last one."""
     parts = parameters_by_part(config)
     chosen, experts = config.num_experts_per_tok or 0, config.n_routed_experts or 1
@@ -90,7 +90,7 @@ def work_of_blocks(config: ModelConfig) -> tuple[list[int], int]:
     head = active.get("lm_head", active["embed_tokens"])
     depth = config.num_nextn_predict_layers
     end = head + sum(active[f"mtp.{k}"] + head for k in range(depth))
-    return [active[f"blocks.{i}"] for i in range(config.num_hidden_layers)], end
+    return tuple(active[f"blocks.{i}"] for i in range(config.num_hidden_layers)), end
 
 
 @dataclass(frozen=True)
@@ -119,11 +119,7 @@ class Layout:
     @cached_property
     def blocks(self) -> list[tuple[int, ...]]:
         """The blocks of each stage."""
-        schedule = self.schedule
-        together = [schedule.held_by(rank) for rank in range(len(schedule.ranks))]
-        if schedule.name == "dualpipe":  # both directions are there, each stage at two ranks
-            together = together[: len(together) // 2]
-        return blocks_of_stages(self.config, schedule.stages, together)
+        return blocks_of_stages(self.config, self.schedule.stages, self.schedule.together)
 
     @property
     def last_stage(self) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ds_train.checkpoint import CheckpointStore
 from ds_train.config import TrainConfig
 from ds_train.data import read_files
 from ds_train.errors import TrainError
@@ -28,6 +29,7 @@ def train_on_ray(
         restarts: how often all ranks are started anew after one was lost.
 
     Raises:
+        CheckpointError: `resume` is false and there are checkpoints.
         TrainError: the extra is missing; or the run failed for good, and why.
     """
     try:
@@ -35,11 +37,12 @@ def train_on_ray(
         from ray.train.tensorflow import TensorflowTrainer  # noqa: PLC0415
     except ImportError as error:
         raise TrainError(f"{error}: pip install 'ds-train[ray]'") from error
+    if not resume:
+        CheckpointStore(out / "checkpoints", keep=1).refuse_any()
     told = {
         "config": config.model_dump(mode="json"),
         "data": [str(path.resolve()) for path in data],
         "out": str(out.resolve()),
-        "resume": resume,
     }
     trainer = TensorflowTrainer(
         _rank,
@@ -64,6 +67,6 @@ def _rank(told: dict[str, Any]) -> None:
 
     config = TrainConfig.from_dict(told["config"])
     found = read_files([Path(path) for path in told["data"]], config.data.suffixes)
-    code = run_here(config, found.documents, told["out"], told["resume"])
+    code = run_here(config, found.documents, told["out"])
     if code:
         raise TrainError(f"a rank ended with code {code}; the worker's log says why")

@@ -124,6 +124,11 @@ class Schedule:
         """Return the stages that a rank holds, in the order of the model."""
         return tuple(sorted({work.stage for slot in self.ranks[rank] for work in slot}))
 
+    @property
+    def together(self) -> tuple[tuple[int, ...], ...]:
+        """The sets of stages that ranks hold, each once: in DualPipe two ranks hold the same."""
+        return tuple(dict.fromkeys(self.held_by(rank) for rank in range(len(self.ranks))))
+
     def needs(self, work: Work) -> Iterator[Work]:
         """Say what must be done before; of a B or an I the caller finds whichever was done."""
         kind, stage, direction, micro_batch = work

@@ -6,9 +6,10 @@ the cluster does that. How far that is from runs that others have published is p
 
 from ds_train.plan.cluster import CLUSTERS, Cluster, read_cluster
 from ds_train.plan.measuring import measure_cluster
-from ds_train.plan.planner import Plan, PlanError, make_plan, search
+from ds_train.plan.planner import Plan, make_plan
 from ds_train.plan.published import PUBLISHED, Comparison, PublishedRun, compare
-from ds_train.plan.recipe import Recipe
+from ds_train.plan.recipe import PlanError, Recipe
+from ds_train.plan.searching import search
 
 __all__ = [
     "CLUSTERS",

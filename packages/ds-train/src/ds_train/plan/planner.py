@@ -1,4 +1,4 @@
-"""A plan: what each pipeline rank holds, how long a step takes, and the best of many recipes.
+"""A plan: what each pipeline rank holds, and how long a step takes.
 
 Idle time is that of arXiv 2412.19437, table 2; what is shared out in which way, of its section 3.2.
 """
@@ -8,18 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
-from typing import Any, get_args
 
 from ds_model import ModelConfig, parameters_by_part
 from ds_train.errors import TrainConfigError
 from ds_train.parallel.layout import blocks_of_stages
-from ds_train.parallel.schedules import Costs, Name, make_schedule, published_bubble
-from ds_train.plan.cluster import Cluster, Precision
-from ds_train.plan.recipe import PlanError, Recipe, Recomputed
+from ds_train.parallel.schedules import Costs, make_schedule, published_bubble
+from ds_train.plan.cluster import Cluster
+from ds_train.plan.recipe import PlanError, Recipe
 from ds_train.plan.work import TokenWork, Work
-
-__all__ = ["Plan", "PlanError", "make_plan", "search"]
 
 GIB = 2.0**30
 RUNTIME = 3 * GIB  # drivers, programs, what collectives hold, what allocators lose
@@ -36,7 +32,8 @@ class Plan:
         recipe: as given.
         cluster: as given.
         memory: for each pipeline rank the bytes of one of its devices, by what they are for.
-        seconds: of a step, by what takes them.
+        seconds: of a step, by what takes them. Where exchange is hidden, what stands for it is what
+            it takes away from computing (`Cluster.exchange_share`), and what of it lasts longer.
         parameters: of the model, MTP modules included.
         flops: of a token, forwards and backwards, nothing made again.
     """
@@ -346,15 +343,15 @@ class _Pipeline:
     """What a plan needs to know of a schedule.
 
     Attributes:
-        name: of the schedule.
         stages: how many there are.
         held: for each rank its stages.
+        together: as `Schedule.together`.
         flights: for each rank all that it holds at a time: micro-batches by stage.
     """
 
-    name: str
     stages: int
     held: tuple[tuple[int, ...], ...]
+    together: tuple[tuple[int, ...], ...]
     flights: tuple[frozenset[tuple[tuple[int, int], ...]], ...]
 
 
@@ -366,87 +363,14 @@ def _pipeline(name: str, ranks: int, micro_batches: int) -> _Pipeline:
         frozenset(tuple(sorted(counts.items())) for counts in schedule.activations(rank))
         for rank in range(ranks)
     )
-    return _Pipeline(name, schedule.stages, held, flights)
+    return _Pipeline(schedule.stages, held, schedule.together, flights)
 
 
 @cache
 def _blocks(config: ModelConfig, pipeline: _Pipeline) -> list[tuple[int, ...]]:
-    together = pipeline.held
-    if pipeline.name == "dualpipe":  # each stage lies at two ranks
-        together = together[: len(together) // 2]
-    return blocks_of_stages(config, pipeline.stages, together)
+    return blocks_of_stages(config, pipeline.stages, pipeline.together)
 
 
 def _mean(passes: list[_Pass]) -> _Pass:
     total = sum(passes, _Pass())
     return _Pass(**{name: value / len(passes) for name, value in vars(total).items()})
-
-
-def search(
-    config: ModelConfig,
-    cluster: Cluster,
-    devices: int,
-    batch: int,
-    sequence: int,
-    precision: Precision = "bfloat16",
-) -> list[Plan]:
-    """Try meshes, schedules, micro-batches and what is made again; the fastest that fit come first.
-
-    Args:
-        config: the model.
-        cluster: where.
-        devices: how many.
-        batch: sequences of a step.
-        sequence: tokens of one.
-        precision: of the products.
-
-    Returns:
-        Plans that fit, by their speed, of each mesh the best alone; if none fits, the one that
-        lacks least.
-
-    Raises:
-        PlanError: nothing can be tried: says what of it is wrong.
-    """
-    basis: dict[str, Any] = {
-        "devices": devices,
-        "batch": batch,
-        "sequence": sequence,
-        "precision": precision,
-    }
-    best: dict[tuple[int, int], Plan] = {}
-    least: Plan | None = None
-    error: PlanError | None = None
-    for changes in _recipes(devices, batch, config):
-        try:
-            recipe = Recipe(**basis, **changes)
-            found = make_plan(config, cluster, recipe)
-        except PlanError as said:
-            error = said
-            continue
-        if not found.fits:
-            least = found if least is None or found.peak < least.peak else least
-            continue
-        key = (recipe.pp, recipe.ep)
-        if key not in best or found.step_seconds < best[key].step_seconds:
-            best[key] = found
-    if best:
-        return sorted(best.values(), key=lambda plan: plan.step_seconds)
-    if least is not None:
-        return [least]
-    raise error or PlanError(f"no mesh of {devices} devices divides a batch of {batch}")
-
-
-def _recipes(devices: int, batch: int, config: ModelConfig) -> Iterator[dict[str, Any]]:
-    """Yield what is worth trying."""
-    experts = config.n_routed_experts or 1
-    for pp in (n for n in range(1, config.num_hidden_layers + 1) if devices % n == 0):
-        for ep in (n for n in range(1, experts + 1) if experts % n == 0):
-            if devices // pp % ep:
-                continue
-            for micro_batch in (1, 2, 4, 8):
-                if batch % (micro_batch * devices // pp):
-                    continue
-                mesh = {"pp": pp, "ep": ep, "micro_batch": micro_batch}
-                for schedule, recompute in product(get_args(Name), get_args(Recomputed)):
-                    if pp > 1 or schedule == "1f1b":
-                        yield {**mesh, "schedule": schedule, "recompute": recompute}

@@ -91,7 +91,7 @@ def error_line(found: Sequence[Comparison]) -> str:
     return f"One factor is fitted, to {fitted}. Errors at other published runs: {', '.join(errors)}"
 
 
-def as_json(plan: Plan, tokens: float | None) -> dict[str, Any]:
+def plan_as_json(plan: Plan, tokens: float | None) -> dict[str, Any]:
     """Return a plan for programs."""
     values: dict[str, Any] = {
         "recipe": vars(plan.recipe) | {"dp": plan.recipe.dp},
