@@ -19,10 +19,11 @@ from pydantic import BaseModel, ConfigDict
 
 from bench.balance_report import publish
 from bench.process import ROOT
+from bench.text import packed
+from ds_model import Tokenizer
 from ds_train import Callback, StepMetrics, TrainConfig, Trainer
-from ds_train.data import TokenFile, hold_out, state_of_the_union
+from ds_train.data import Document, TokenFile
 from ds_train.evaluation import bits_per_byte
-from ds_train.prepare import pack, train_tokenizer
 from ds_train.quickstart import quickstart_config
 
 DOCS = ROOT / "docs"
@@ -110,13 +111,18 @@ def curves(loads_NLE: np.ndarray) -> dict[str, list[list[float]]]:
     return {"max_violation": means(violation), "variation": means(variation(loads_NLE))}
 
 
-def train(variant: str, steps: int, seed: int, tokens: TokenFile) -> Run:
-    """Do one run, from its start."""
+def train(
+    variant: str,
+    steps: int,
+    seed: int,
+    tokenizer: Tokenizer,
+    tokens: TokenFile,
+    held_out: list[Document],
+) -> Run:
+    """Do one run, from its start, and score the text that was held out."""
     keras.backend.clear_session()
     heard = _Loads()
     config = config_of(variant, steps, seed)
-    training, held_out = hold_out(state_of_the_union(), config.data.held_out)
-    tokenizer = train_tokenizer(training, WORK, config.model.build().vocab_size)
     with tempfile.TemporaryDirectory(dir=WORK) as folder:
         model = Trainer(config, tokens, folder, callbacks=[heard]).train()
     scored = bits_per_byte(model, tokenizer, held_out, config.data.sequence_length)
@@ -130,14 +136,6 @@ def train(variant: str, steps: int, seed: int, tokens: TokenFile) -> Run:
         least=[round(float(v), 4) for v in last_LE.min(axis=-1) / last_LE.mean(axis=-1)],
         bits_per_byte=round(scored.bits_per_byte, 5),
     )
-
-
-def packed() -> TokenFile:
-    """Return the quickstart's text as tokens, made once."""
-    config = quickstart_config()
-    training, _ = hold_out(state_of_the_union(), config.data.held_out)
-    tokenizer = train_tokenizer(training, WORK, config.model.build().vocab_size)
-    return pack(training, tokenizer, WORK, lambda *_: None)
 
 
 def read(data: Path) -> Found:
@@ -165,7 +163,7 @@ def main(words: list[str] | None = None) -> int:
     data: Path = given.out / "assets" / "balance.json"
     found = Found() if given.again else read(data)
     if not given.render:
-        tokens = packed()
+        text = packed(WORK)
         done = {(run.variant, run.seed, run.steps) for run in found.runs}
         wanted: list[tuple[str, int]] = [
             (name, seed) for seed in range(given.seeds) for name in VARIANTS
@@ -174,7 +172,7 @@ def main(words: list[str] | None = None) -> int:
             if (variant, seed, given.steps) in done:
                 continue
             print(f"{variant}, seed {seed}", file=sys.stderr, flush=True)
-            found.runs.append(train(variant, given.steps, seed, tokens))
+            found.runs.append(train(variant, given.steps, seed, *text))
             data.parent.mkdir(parents=True, exist_ok=True)
             data.write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
     runs: list[dict[str, Any]] = [run.model_dump() for run in found.runs]

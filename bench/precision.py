@@ -22,9 +22,9 @@ from pydantic import BaseModel, ConfigDict
 from bench.growth import run_case
 from bench.precision_report import publish
 from bench.process import ROOT
+from bench.text import packed
 from ds_train import Callback, StepMetrics, TrainConfig, Trainer
-from ds_train.data import TokenFile, hold_out, state_of_the_union
-from ds_train.prepare import pack, train_tokenizer
+from ds_train.data import TokenFile
 from ds_train.quickstart import quickstart_config
 
 DOCS = ROOT / "docs"
@@ -142,14 +142,6 @@ def in_order(variants: list[str], seeds: int) -> list[tuple[str, int]]:
     return found + [(name, seed) for seed in range(seeds) for name in rest]
 
 
-def packed() -> TokenFile:
-    """Return the quickstart's text as tokens, made once."""
-    config = quickstart_config()
-    training, _ = hold_out(state_of_the_union(), config.data.held_out)
-    tokenizer = train_tokenizer(training, WORK, config.model.build().vocab_size)
-    return pack(training, tokenizer, WORK, lambda *_: None)
-
-
 def read(data: Path) -> Found:
     """Return what earlier runs found."""
     if not data.exists():
@@ -183,7 +175,7 @@ def main() -> int:
     found = Found() if given.again else read(data)
     if not given.render:
         wanted = [name for name in given.variants.split(";") if name] or list(VARIANTS)
-        tokens = packed()
+        _, tokens, _ = packed(WORK)
         done = {(run.variant, run.seed, run.steps) for run in found.runs}
         for variant, seed in in_order(wanted, given.seeds):
             if (variant, seed, given.steps) in done:

@@ -24,9 +24,11 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from bench.growth import run_case
 from bench.process import ROOT
 from bench.ranks_report import publish
-from ds_model import parameters_by_part
+from bench.tasks import PRESET
+from ds_model import ModelConfig, parameters_by_part
 from ds_train import PipelinePart, TrainConfig, training_memory
 from ds_train.data import TokenFile, write_token_file
 from ds_train.metrics_log import read_metrics
@@ -34,6 +36,7 @@ from ds_train.parallel import Layout, Mesh, make_schedule, published_bubble
 from ds_train.parallel.launch import launch
 from ds_train.parallel.schedules import Costs
 from ds_train.parallel.worker import RankRun
+from ds_train.plan import Recipe, make_plan, measure_cluster
 
 DOCS = ROOT / "docs"
 FEW, MANY = 4, 16
@@ -108,12 +111,27 @@ class Held(BaseModel):
 
 
 class Found(BaseModel):
-    """Everything that was measured."""
+    """Everything that was measured.
+
+    Attributes:
+        here: of a step that was planned, see `measure_here`.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     points: list[Point] = []
     held: list[Held] = []
+    here: dict[str, float] | None = None
+
+
+def measure_here() -> dict[str, float]:
+    """Plan a step of preset `bench` on this machine, and do it: seconds of both."""
+    cluster = measure_cluster()
+    recipe = Recipe(devices=1, batch=8, sequence=256, micro_batch=8, precision="float32")
+    plan = make_plan(ModelConfig.preset(PRESET), cluster, recipe)
+    done = run_case("step", {"batch": 8, "length": 256})
+    measured = done["gradient_seconds"] + done["optimizer_seconds"]
+    return {"planned": round(plan.step_seconds, 3), "measured": round(measured, 3)}
 
 
 def config_of(mesh: dict[str, Any], steps: int, batch: int = BATCH) -> TrainConfig:
@@ -258,6 +276,7 @@ def main(words: Sequence[str] | None = None) -> int:
     made.add_argument("--render", action="store_true", help="write the page again from its data")
     made.add_argument("--meshes", default="", help="semicolon-separated: renew only these")
     made.add_argument("--memory", action="store_true", help="renew only what schedules hold")
+    made.add_argument("--plan", action="store_true", help="renew only the plan's figures")
     made.add_argument("--out", type=Path, default=DOCS, help="the folder of the page [docs]")
     given = made.parse_args(words)
     data: Path = given.out / "assets" / "ranks.json"
@@ -265,9 +284,12 @@ def main(words: Sequence[str] | None = None) -> int:
     if data.exists():
         found = Found.model_validate_json(data.read_text(encoding="utf-8"))
     if not given.render:
+        some = given.meshes or given.memory or given.plan
         wanted = [name for name in given.meshes.split(";") if name]
-        if not wanted and not given.memory:
-            wanted = list(MESHES)
+        wanted = wanted if some else list(MESHES)
+        if given.plan or not some:
+            found.here = measure_here()
+            keep(found, data)
         vocab = config_of(MESHES["dp2"], 1).model.build().vocab_size
         ids = np.random.default_rng(0).integers(2, vocab, 50_000)
         with tempfile.TemporaryDirectory() as folder:
@@ -277,7 +299,7 @@ def main(words: Sequence[str] | None = None) -> int:
                 point = measure(mesh, tokens)
                 found.points = [p for p in found.points if p.mesh != mesh] + [point]
                 keep(found, data)
-            for schedule in SCHEDULES if given.memory or not given.meshes else ():
+            for schedule in SCHEDULES if given.memory or not some else ():
                 print(f"memory of {schedule}", file=sys.stderr, flush=True)
                 held = measure_held(schedule, tokens)
                 found.held = [h for h in found.held if h.schedule != schedule] + held

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.marks import replaced
+from ds_model import ModelConfig
+from ds_train.plan import CLUSTERS, PUBLISHED, compare, search
 
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 
 
 def publish(found: dict[str, Any], out: Path) -> None:
@@ -16,7 +18,44 @@ def publish(found: dict[str, Any], out: Path) -> None:
     page = out / "phases" / "3-distribution.md"
     text = page.read_text(encoding="utf-8")
     tables = "\n\n".join([table(found["points"]), held_table(found["held"])])
-    page.write_text(replaced(text, tables), encoding="utf-8")
+    text = replaced(replaced(text, tables), plan_figures(found["here"]), of="the plan")
+    page.write_text(text, encoding="utf-8")
+
+
+def plan_figures(here: dict[str, float] | None) -> str:
+    """Return plans beside published runs, what a search finds, and a step of this machine.
+
+    Args:
+        here: seconds of a step, "planned" and "measured"; `None` if that was not measured.
+    """
+    titles = ["run", "published, tokens/s and device", "planned", "error", "source"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for run, plan, error in compare():
+        cells = [run.name, f"{run.tokens_per_second:,.0f}", f"{plan.tokens_per_second:,.0f}"]
+        cells += ["fitted" if run.fitted else f"{error:+.0%}", run.source]
+        lines.append(f"| {' | '.join(cells)} |")
+    paper = PUBLISHED[0].recipe
+    best, *_ = search(
+        ModelConfig.preset("v3-671b"),
+        CLUSTERS["h800"],
+        paper.devices,
+        paper.batch,
+        paper.sequence,
+        paper.precision,
+    )
+    how = best.recipe
+    said = (
+        f"Left to itself the search finds for {how.devices:,} H800: pp {how.pp} x ep {how.ep} x dp "
+        f"{how.dp}, {how.schedule}, recompute {how.recompute}, {best.peak / GIB:.0f} of "
+        f"{best.cluster.memory:g} GiB."
+    )
+    if here:
+        said += (
+            " On this machine, measured with `--measure` and nothing fitted, a step of preset "
+            f"`bench` of 8 x 256 tokens in float32 is planned to take {here['planned']:.2f} s, and "
+            f"took {here['measured']:.2f} s."
+        )
+    return "\n".join([*lines, "", said])
 
 
 def held_table(points: Sequence[dict[str, Any]]) -> str:

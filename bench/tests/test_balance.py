@@ -42,7 +42,7 @@ def test_it_trains_what_is_missing_and_keeps_the_rest(monkeypatch, tmp_path):
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
     trained = []
 
-    def train(variant, steps, seed, _):
+    def train(variant, steps, seed):
         trained.append((variant, seed))
         curve = [[0.3, 0.1]]
         return balance.Run(
@@ -57,7 +57,7 @@ def test_it_trains_what_is_missing_and_keeps_the_rest(monkeypatch, tmp_path):
         )
 
     monkeypatch.setattr(balance, "train", train)
-    monkeypatch.setattr(balance, "packed", lambda: None)
+    monkeypatch.setattr(balance, "packed", lambda _: ())
     balance.main(["--seeds", "1", "--out", str(tmp_path)])
     assert len(trained) == len(balance.VARIANTS)
     balance.main(["--seeds", "2", "--out", str(tmp_path)])

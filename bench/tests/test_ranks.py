@@ -3,8 +3,8 @@
 import pytest
 
 from bench import ranks
-from bench.marks import BEGIN, END
-from bench.ranks_report import held_table, publish, table
+from bench.marks import BEGIN, END, begin
+from bench.ranks_report import held_table, plan_figures, publish, table
 from ds_model import parameters_by_part
 
 
@@ -75,6 +75,14 @@ def test_a_mesh_stands_beside_one_process(tmp_path):
     assert held_table(held).splitlines()[-1] == "| 1f1b | 0 | 2 | 1.9 | 2.1 | +10% |"
     page = tmp_path / "phases" / "3-distribution.md"
     page.parent.mkdir()
-    page.write_text(f"{BEGIN}\nold\n{END}", encoding="utf-8")
-    publish({"points": points, "held": held}, tmp_path)
-    assert "old" not in page.read_text(encoding="utf-8")
+    page.write_text(f"{BEGIN}\nold\n{END}\n{begin('the plan')}\nold\n{END}", encoding="utf-8")
+    publish({"points": points, "held": held, "here": None}, tmp_path)
+    text = page.read_text(encoding="utf-8")
+    assert "old" not in text
+    assert text.index("1F1B") < text.index("Kimi K2")
+
+
+def test_the_search_finds_the_papers_layout():
+    said = plan_figures({"planned": 2.3, "measured": 2.4})
+    assert "pp 16 x ep 64 x dp 2, dualpipe, recompute parts" in said
+    assert "planned to take 2.30 s, and took 2.40 s" in said
