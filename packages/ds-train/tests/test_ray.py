@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 
 from conftest import MODEL, losses
+from ds_train import CheckpointError
+from ds_train.parallel.on_ray import train_on_ray
 
 CONFIG = f"""
 [model]
@@ -82,6 +84,12 @@ def test_a_killed_worker_is_started_anew(folder):
         command(folder, calm, "--nproc", "2"), check=True, capture_output=True
     )
     np.testing.assert_allclose(losses(out), losses(calm), rtol=1e-5)
+
+
+def test_a_run_that_is_not_to_go_on_is_refused_before_ray_starts(finished, tmp_path):
+    config = finished.trainer.config
+    with pytest.raises(CheckpointError, match="has checkpoints up to step 6"):
+        train_on_ray(config, [tmp_path], finished.out, resume=False, restarts=1)
 
 
 @pytest.mark.skipif(find_spec("ray") is not None, reason="Ray is here")

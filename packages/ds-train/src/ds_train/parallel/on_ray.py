@@ -32,13 +32,13 @@ def train_on_ray(
         CheckpointError: `resume` is false and there are checkpoints.
         TrainError: the extra is missing; or the run failed for good, and why.
     """
+    if not resume:  # asked once, here: a run that Ray starts anew has checkpoints of its own
+        CheckpointStore(out / "checkpoints", keep=1).refuse_any()
     try:
         from ray.train import FailureConfig, RunConfig, ScalingConfig  # noqa: PLC0415 - an extra
         from ray.train.tensorflow import TensorflowTrainer  # noqa: PLC0415
     except ImportError as error:
         raise TrainError(f"{error}: pip install 'ds-train[ray]'") from error
-    if not resume:
-        CheckpointStore(out / "checkpoints", keep=1).refuse_any()
     told = {
         "config": config.model_dump(mode="json"),
         "data": [str(path.resolve()) for path in data],
