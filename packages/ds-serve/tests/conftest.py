@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import queue
 import threading
-from dataclasses import dataclass, field
 from typing import Any
 
 import keras
@@ -12,10 +12,11 @@ import uvicorn
 from fastapi.testclient import TestClient
 
 from ds_model import CausalLM, ModelConfig, Tokenizer
-from ds_serve import create_app
+from ds_serve import Engine, EngineOptions, Text, create_app
 
 TEXTS = ["The state of the union is strong, my fellow citizens; naïve café doubts fade. "] * 40
 PROMPT = "The state of the union"
+SMALL = EngineOptions(max_running=4, max_waiting=8, step_tokens=16, block_size=4)
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +42,7 @@ def model(tokenizer):
         vocab_size=tokenizer.vocab_size,
         max_position_embeddings=128,
         initializer_range=0.3,
+        num_nextn_predict_layers=1,
         eos_token_id=None,
     )
     model = CausalLM(config)
@@ -66,52 +68,101 @@ def greedy(model):
 
 @pytest.fixture(scope="session")
 def client(model, tokenizer):
-    with TestClient(create_app(model, tokenizer, "tiny")) as client:
+    with TestClient(create_app(model, tokenizer, "tiny", options=SMALL)) as client:
         yield client
 
 
-@dataclass
-class HeldModel:
-    """The real model, giving one token for each permit; it tells when a stream has ended."""
+def check_each_step(engine):
+    """Let the engine's books be checked after each step; a fault is kept for the test to see."""
+    faults: list[AssertionError] = []
 
-    model: CausalLM
-    permits: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-    started: threading.Event = field(default_factory=threading.Event)
-    ended: threading.Event = field(default_factory=threading.Event)
-    given: int = 0
-
-    @property
-    def config(self) -> ModelConfig:
-        return self.model.config
-
-    def stream(self, *args: Any, **kwargs: Any):
-        self.started.set()
+    def check(_):
         try:
-            for chunk in self.model.stream(*args, **kwargs):
-                for i in range(chunk.shape[1]):
-                    assert self.permits.acquire(timeout=30)
-                    self.given += 1
-                    yield chunk[:, i : i + 1]
-        finally:
-            self.ended.set()
+            engine.scheduler.check()
+        except AssertionError as fault:
+            faults.append(fault)
 
-    def release_until_ended(self) -> None:
-        """Give permits one by one; what notices an end in between leaves some unused."""
-        while not self.ended.wait(0.02):
-            self.permits.release()
+    engine.observers.append(check)
+    return faults
+
+
+class Writer:
+    """An engine, and texts that it has written."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.faults = check_each_step(engine)
+        engine.start()
+
+    def begin(self, prompt, rules, **more):
+        """A text, and the queue of its updates."""
+        updates: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        return Text(prompt, rules, updates.put, **more), updates
+
+    def write(self, *asked, **more):
+        """The ids that come of prompts and rules, all submitted at once."""
+        begun = [self.begin(prompt, rules, **more) for prompt, rules in asked]
+        self.engine.submit([text for text, _ in begun])
+        return [[token.id for token in tokens_of(updates)] for _, updates in begun]
+
+    def close(self):
+        self.engine.close()
+        assert not self.faults
+        assert self.engine.scheduler.pool.free == self.engine.scheduler.pool.blocks
+
+
+def tokens_of(updates, timeout=60):
+    """All tokens of a text, until its end."""
+    tokens = []
+    while True:
+        update = updates.get(timeout=timeout)
+        if update.error is not None:
+            raise update.error
+        tokens += update.tokens
+        if update.finish_reason is not None:
+            return tokens
+
+
+@pytest.fixture(scope="module")
+def writer(model):
+    writer = Writer(Engine(model, SMALL))
+    yield writer
+    writer.close()
+
+
+class HeldSteps:
+    """An engine's steps, one for each permit."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.steps = engine.steps
+        self.permits = threading.Semaphore(0)
+        self.begun = threading.Event()
+        self.done = 0
+        engine.steps = self
+
+    def run(self, plan):
+        self.begun.set()
+        assert self.permits.acquire(timeout=60)
+        self.done += 1
+        return self.steps.run(plan)
+
+    def __getattr__(self, name):
+        return getattr(self.steps, name)
 
 
 @pytest.fixture
 def held(model):
-    held = HeldModel(model)
-    yield held
-    held.permits.release(10_000)
+    """An engine whose steps wait for permits; it gets as many as it likes in the end."""
+    engine = Engine(model, EngineOptions(max_running=1, max_waiting=1, block_size=8))
+    steps = HeldSteps(engine)
+    yield engine, steps
+    steps.permits.release(100_000)
 
 
 def wait_for(condition):
     """Wait until a condition holds; the alternative would be a hook in the server for tests."""
     never = threading.Event()
-    for _ in range(1000):
+    for _ in range(2000):
         if condition():
             return
         never.wait(0.01)
@@ -140,8 +191,8 @@ def live():
     """Starts servers on free ports and stops them."""
     running = []
 
-    def start(app) -> LiveServer:
-        server = LiveServer(uvicorn.Config(app, port=0, log_level="warning"))
+    def start(app, **more) -> LiveServer:
+        server = LiveServer(uvicorn.Config(app, port=0, log_level="warning", **more))
         thread = threading.Thread(target=server.run)
         thread.start()
         running.append((server, thread))

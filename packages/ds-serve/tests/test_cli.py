@@ -76,7 +76,8 @@ def test_serve_tells_its_url_and_answers(saved, monkeypatch):
         url, answer = asked.result(60)
     assert 1 <= answer.usage.completion_tokens <= 9
     assert result.exit_code == 0
-    assert json.loads(result.stdout) == {"url": url, "model": "little", "chat": True}
+    told = json.loads(result.stdout)
+    assert told == {"url": url, "model": "little", "chat": True, "cache_tokens": 32 * 128}
 
 
 @pytest.mark.parametrize("command", ["serve", "chat"])

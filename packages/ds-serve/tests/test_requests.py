@@ -1,12 +1,40 @@
 """Which of OpenAI's fields pass, and which are refused."""
 
+import typing
+
+import openai.types.chat.completion_create_params as openai_chat
+import openai.types.completion_create_params as openai_text
+import openai.types.embedding_create_params as openai_embedding
 import pytest
 from pydantic import ValidationError
 
-from ds_serve.requests import ChatRequest, CompletionRequest
+from ds_serve.api.requests import (
+    IGNORED,
+    REFUSED,
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+)
 
 TEXT = {"model": "tiny", "prompt": "The"}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (openai_text.CompletionCreateParamsBase, CompletionRequest),
+        (openai_chat.CompletionCreateParamsBase, ChatRequest),
+        (openai_embedding.EmbeddingCreateParams, EmbeddingRequest),
+    ],
+    ids=["completions", "chat", "embeddings"],
+)
+def test_each_field_of_openais_is_supported_ignored_or_refused(theirs, ours):
+    names = set(typing.get_type_hints(theirs)) | {"stream"} - {"stream"}
+    supported = set(ours.model_fields)
+    assert names - supported - set(IGNORED) - set(REFUSED) == set()
+    assert not supported & (set(IGNORED) | set(REFUSED))
 
 
 @pytest.mark.parametrize(
@@ -16,30 +44,18 @@ CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
         {"best_of": 1},
         {"echo": False},
         {"logprobs": None},
-        {"presence_penalty": 0},
-        {"presence_penalty": 0.0},
-        {"logit_bias": {}},
         {"suffix": None},
         {"user": "someone"},
     ],
     ids=str,
 )
 def test_what_asks_for_nothing_passes(field):
-    assert CompletionRequest.model_validate(TEXT | field).prompt == "The"
+    assert CompletionRequest.model_validate(TEXT | field).prompt == ["The"]
 
 
 @pytest.mark.parametrize(
     "field",
-    [
-        {"n": 2},
-        {"best_of": 3},
-        {"echo": True},
-        {"logprobs": 0},  # in completions: give the chosen token's
-        {"frequency_penalty": 0.5},
-        {"logit_bias": {"50256": -100}},
-        {"suffix": "end"},
-        {"min_p": 0.1},
-    ],
+    [{"best_of": 3}, {"best_of": True}, {"suffix": "end"}, {"nonsense": 1}],
     ids=str,
 )
 def test_what_we_do_not_have_is_refused(field):
@@ -60,6 +76,10 @@ def test_what_we_do_not_have_is_refused(field):
         {"temperature": float("nan")},
         {"top_p": 0},
         {"top_p": 1.01},
+        {"top_k": -2},
+        {"min_p": 1.5},
+        {"n": 0},
+        {"n": 129},
         {"seed": 2**63},
         {"stop": ""},
         {"stop": ["a", "b", "c", "d", "e"]},
@@ -67,10 +87,23 @@ def test_what_we_do_not_have_is_refused(field):
         {"stream": 1},
         {"stream_options": {"include_usage": True}},
         {"stream": True, "stream_options": {"other": 1}},
-        {"prompt": ["one", "two"]},
-        {"prompt": [[1], [2]]},
+        {"prompt": []},
+        {"prompt": ["one", 2]},
+        {"prompt": [[1], "two"]},
         {"prompt": [True, False]},
+        {"prompt": [[]]},
         {"prompt": {}},
+        {"logprobs": 21},
+        {"logprobs": 1, "echo": True},
+        {"logit_bias": {"x": 1}},
+        {"logit_bias": {"1": 101}},
+        {"logit_bias": [1]},
+        {"presence_penalty": 2.1},
+        {"repetition_penalty": 0},
+        {"structured_outputs": {}},
+        {"structured_outputs": {"regex": "a", "choice": ["a"]}},
+        {"structured_outputs": {"choice": []}},
+        {"timeout": 0},
     ],
     ids=str,
 )
@@ -81,11 +114,26 @@ def test_wrong_values_are_refused(field):
 
 def test_defaults_are_openais():
     request = CompletionRequest.model_validate(TEXT)
-    assert (request.max_tokens, request.temperature, request.top_p) == (16, 1.0, 1.0)
+    assert (request.max_tokens, request.temperature, request.top_p, request.n) == (16, 1.0, 1.0, 1)
     assert (request.stop, request.seed, request.stream) == ([], None, False)
     assert CompletionRequest.model_validate(TEXT | {"stop": "x"}).stop == ["x"]
-    assert CompletionRequest.model_validate(TEXT | {"prompt": ["The"]}).prompt == "The"
     assert CompletionRequest.model_validate(TEXT | {"max_tokens": None}).max_tokens == 16
+
+
+@pytest.mark.parametrize(
+    ("prompt", "found"),
+    [("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]])],
+    ids=str,
+)
+def test_prompts_come_in_four_forms(prompt, found):
+    assert CompletionRequest.model_validate(TEXT | {"prompt": prompt}).prompt == found
+    embedding = {"model": "tiny", "input": prompt}
+    assert EmbeddingRequest.model_validate(embedding).input == found
+
+
+def test_bias_is_by_token():
+    biased = TEXT | {"logit_bias": {"17": -100, "3": 0.5}}
+    assert CompletionRequest.model_validate(biased).logit_bias == {17: -100, 3: 0.5}
 
 
 def test_parts_of_text_are_joined_and_others_refused():
@@ -97,6 +145,17 @@ def test_parts_of_text_are_joined_and_others_refused():
         ChatRequest.model_validate(chat)
 
 
+def test_calls_and_what_came_of_them_can_be_sent_back():
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages = [
+        *CHAT["messages"],
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "7"},
+    ]
+    found = ChatRequest.model_validate(CHAT | {"messages": messages, "tools": [TOOL]})
+    assert found.messages[1].tool_calls[0].function.name == "f"
+
+
 @pytest.mark.parametrize(
     "field",
     [
@@ -105,8 +164,16 @@ def test_parts_of_text_are_joined_and_others_refused():
         {"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]},
         {"max_tokens": 3, "max_completion_tokens": 3},
         {"tools": [{"type": "function"}]},
-        {"logprobs": True},
-        {"response_format": {"type": "json_object"}},
+        {"tools": [TOOL | {"type": "other"}]},
+        {"tool_choice": "required"},
+        {"tool_choice": {"type": "function", "function": {"name": "g"}}, "tools": [TOOL]},
+        {"tool_choice": "required", "tools": [TOOL], "response_format": {"type": "json_object"}},
+        {"top_logprobs": 2},
+        {"logprobs": True, "top_logprobs": 21},
+        {"response_format": {"type": "json_schema"}},
+        {"response_format": {"type": "json_object", "json_schema": {"name": "x"}}},
+        {"reasoning_effort": "some"},
+        {"functions": [{}]},
     ],
     ids=str,
 )

@@ -6,7 +6,7 @@ import pytest
 from conftest import PROMPT
 from ds_model import Tokenizer
 from ds_model.tokenizer import BOS_TOKEN
-from ds_serve.writing import Options, encode_text, end_tokens, warm_up, write
+from ds_serve.writing import Options, encode_text, end_tokens, write
 
 
 @pytest.fixture
@@ -98,19 +98,3 @@ def test_a_document_begins_with_the_first_token_once(tokenizer):
     assert encode_text(tokenizer, "") == []
     nameless = Tokenizer.train([PROMPT], 300, special_tokens=())
     assert encode_text(nameless, PROMPT) == nameless.encode(PROMPT)
-
-
-def test_warming_up_leaves_nothing_to_trace(model, tokenizer, prompt):
-    warm_up(model, tokenizer)
-    traced = [
-        function.experimental_get_tracing_count()
-        for functions in model._generator._compiled.values()
-        for function in functions
-    ]
-    gather(write(model, tokenizer, prompt * 3, Options(20, 0.7, 0.9, 1)))
-    after = [
-        function.experimental_get_tracing_count()
-        for functions in model._generator._compiled.values()
-        for function in functions
-    ]
-    assert traced == after

@@ -5,6 +5,7 @@ from ds_attention.config import AttentionConfig
 from ds_attention.mask import CausalMask
 from ds_attention.mha import MultiHeadAttention
 from ds_attention.mla import MultiHeadLatentAttention
+from ds_attention.pages import Pages, latent_pool
 from ds_attention.rms_norm import RMSNorm
 from ds_attention.rope import YarnConfig, apply_rope, rope_frequencies, rope_rotation
 from ds_attention.weights import attention_weights
@@ -16,11 +17,13 @@ __all__ = [
     "MemoryReport",
     "MultiHeadAttention",
     "MultiHeadLatentAttention",
+    "Pages",
     "RMSNorm",
     "YarnConfig",
     "apply_rope",
     "attention_weights",
     "causal_mask",
+    "latent_pool",
     "memory_report",
     "rope_frequencies",
     "rope_rotation",

@@ -19,6 +19,7 @@ import tensorflow as tf
 from ds_attention.cache import LatentCache
 from ds_attention.config import AttentionConfig
 from ds_attention.mask import CausalMask
+from ds_attention.pages import Pages, write_pages
 from ds_attention.rms_norm import RMSNorm
 from ds_attention.rope import apply_rope, rope_rotation
 from ds_attention.softmax import masked_softmax
@@ -29,6 +30,7 @@ from ds_precision import (
     attention_done,
     fused_attention,
     fused_latent_attention,
+    fused_paged_attention,
     use_kernels,
 )
 
@@ -51,6 +53,8 @@ class MultiHeadLatentAttention(RestoresPolicy, keras.layers.Layer):
     QUERY_BLOCK = 256
     # The latents' norms use this epsilon in the reference whatever `rms_norm_eps` says.
     LATENT_EPSILON = 1e-6
+    # New tokens of a sequence up to which `paged` attends in the latent space.
+    FEW = 8
 
     def __init__(self, config: AttentionConfig | dict[str, Any], **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -242,6 +246,92 @@ class MultiHeadLatentAttention(RestoresPolicy, keras.layers.Layer):
         )
         return self.o_proj(out), LatentCache(entries)
 
+    def paged(self, x: tf.Tensor, pool: tf.Variable, pages: Pages) -> tf.Tensor:
+        """Attend for new tokens of several sequences, whose past lies in blocks of a pool.
+
+        There are no gradients. Where the compiled operations serve, one of them does all that
+        lies between the projections, and writes to the pool in place.
+
+        Args:
+            x: `[1, T, hidden_size]`: the new tokens of all sequences, one after the other.
+            pool: of this layer; the new tokens are in it afterwards.
+            pages: whose tokens they are.
+
+        Returns:
+            `[1, T, hidden_size]`.
+        """
+        c = self.config
+        x = tf.cast(x, self.compute_dtype)
+        up = tf.convert_to_tensor(self.kv_b_proj.kernel)
+        positions = pages.slots[None]
+        if not use_kernels(x, up) or pool.dtype != x.dtype:
+            return self._paged_stock(x, pool, pages)
+        cosines, sines = rope_rotation(positions, c.qk_rope_head_dim, c.rope_theta, c.rope_scaling)
+        out = fused_paged_attention(
+            self._raw_queries(x)[0],
+            self.kv_a_proj_with_mqa(x)[0],
+            tf.convert_to_tensor(self.kv_a_layernorm.weight),
+            up,
+            (cosines[0], sines[0]),
+            *pages,
+            pool,
+            c.score_scale,
+            self.LATENT_EPSILON,
+            c.rope_interleave,
+        )
+        return self.o_proj(out[None])
+
+    def _paged_stock(self, x: tf.Tensor, pool: tf.Variable, pages: Pages) -> tf.Tensor:
+        """Do as `paged` with stock operations: short sequences at once, long ones in turn."""
+        c = self.config
+        positions = pages.slots[None]
+        write_pages(pool, self._compress(x, positions)[0], pages)
+        q_BTHQ = self._raw_queries(x)
+        counts = pages.splits[1:] - pages.splits[:-1]
+        # How many sequences come before the first that brings more than a few tokens.
+        few = tf.reduce_sum(tf.math.cumprod(tf.cast(counts <= self.FEW, tf.int32)))
+        length = pages.tables.shape[1] or tf.shape(pages.tables)[1]
+        length *= pool.shape[1]
+
+        def past(first: tf.Tensor, end: tf.Tensor) -> tf.Tensor:
+            blocks = tf.gather(pool, pages.tables[first:end])
+            entries = tf.reshape(blocks, [end - first, length, c.cache_width])
+            return tf.cast(entries, x.dtype)
+
+        def short() -> tf.Tensor:
+            most = tf.reduce_max(counts[:few])
+            # Rows of `most` tokens, the surplus ones copies of the last.
+            steps = tf.minimum(tf.range(most)[None], counts[:few, None] - 1)
+            index = tf.maximum(pages.splits[:few, None] + steps, 0)
+            q = tf.gather(q_BTHQ[0], index)
+            slots = tf.gather(pages.slots, index)
+            q_nope, q_rope = self._rotated(q, slots)
+            mask = CausalMask(slots, length).dense()
+            out = self._attend_latent(q_nope, q_rope, past(tf.constant(0), few), mask)
+            kept = tf.range(most)[None] < counts[:few, None]
+            return tf.boolean_mask(out, kept)
+
+        def none() -> tf.Tensor:
+            return tf.zeros([0, c.num_attention_heads, c.v_head_dim], x.dtype)
+
+        def long(b: tf.Tensor, done: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            first, end = pages.splits[b], pages.splits[b + 1]
+            slots = positions[:, first:end]
+            mask = CausalMask(slots, length)
+            out = self._attend_core(q_BTHQ[:, first:end], slots, past(b, b + 1), mask)
+            return b + 1, tf.concat([done, out[0]], axis=0)
+
+        done = tf.cond(few > 0, short, none)
+        known = tf.TensorShape([None, c.num_attention_heads, c.v_head_dim])
+        _, out = tf.while_loop(
+            lambda b, _: b < tf.size(counts),
+            long,
+            (few, done),
+            shape_invariants=(tf.TensorShape([]), known),
+            parallel_iterations=1,
+        )
+        return self._project(tf.reshape(out, [1, tf.shape(x)[1], *known[1:]]))
+
     def _rope(self, x: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
         c = self.config
         return apply_rope(x, positions, c.rope_theta, c.rope_scaling, c.rope_interleave)
@@ -336,7 +426,16 @@ class MultiHeadLatentAttention(RestoresPolicy, keras.layers.Layer):
     def _attend_absorbed(
         self, q_nope: tf.Tensor, q_rope: tf.Tensor, entries: tf.Tensor, mask: tf.Tensor
     ) -> tf.Tensor:
-        """Attend in the latent space: `W_uk` goes into the query, `W_uv` into the output."""
+        return self._project(self._attend_latent(q_nope, q_rope, entries, mask))
+
+    def _attend_latent(
+        self, q_nope: tf.Tensor, q_rope: tf.Tensor, entries: tf.Tensor, mask: tf.Tensor
+    ) -> tf.Tensor:
+        """Attend in the latent space: `W_uk` goes into the query, `W_uv` into the output.
+
+        Returns:
+            `[B, S, H, V]`.
+        """
         c = self.config
         heads = c.num_attention_heads
         kernel = tf.cast(tf.convert_to_tensor(self.kv_b_proj.kernel), entries.dtype)
@@ -352,7 +451,7 @@ class MultiHeadLatentAttention(RestoresPolicy, keras.layers.Layer):
         weights = tf.reshape(weights, [batch, count * heads, tf.shape(entries)[1]])
         out = tf.matmul(weights, entries[..., : c.kv_lora_rank])
         out = tf.reshape(out, [batch, count, heads, c.kv_lora_rank])
-        return self._project(tf.einsum("bshc,chv->bshv", out, up_v))
+        return tf.einsum("bshc,chv->bshv", out, up_v)
 
     def _project(self, out_BSHV: tf.Tensor) -> tf.Tensor:
         c = self.config

@@ -4,6 +4,7 @@ from ds_model.causal_lm import CausalLM, ModelOutput
 from ds_model.config import ModelConfig
 from ds_model.errors import CheckpointError, ConfigError, TokenizerError
 from ds_model.generate import GenerationStats
+from ds_model.paged import PagedCache, PagedOutput, draft_pages, read_pages
 from ds_model.parameters import parameter_counts, parameters_by_part
 from ds_model.part import ModelPart
 from ds_model.recompute import Recompute
@@ -17,9 +18,13 @@ __all__ = [
     "ModelConfig",
     "ModelOutput",
     "ModelPart",
+    "PagedCache",
+    "PagedOutput",
     "Recompute",
     "Tokenizer",
     "TokenizerError",
+    "draft_pages",
     "parameter_counts",
     "parameters_by_part",
+    "read_pages",
 ]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from ds_attention import CausalMask, LatentCache, MultiHeadLatentAttention, RMSNorm
+from ds_attention import CausalMask, LatentCache, MultiHeadLatentAttention, Pages, RMSNorm
 from ds_model.config import ModelConfig
 from ds_moe import MixtureOfExperts, Routing, SwiGLU
 from ds_precision import Linear, RestoresPolicy, without_fp8
@@ -104,6 +104,13 @@ class DecoderBlock(RestoresPolicy, keras.layers.Layer):
             attended, cache = attention.attend(normed, cache, window.slots, positions, mask, absorb)
         return self._feed_forward(h + attended, window)[0], cache
 
+    def paged(
+        self, h: tf.Tensor, pages: Pages, pool: tf.Variable
+    ) -> tuple[tf.Tensor, Routing | None]:
+        """Do as `call` for new tokens `[1, T, D]` of sequences whose past lies in `pool`."""
+        attended = self.self_attn.paged(self.input_layernorm(h), pool, pages)
+        return self._feed_forward(h + attended, Window(pages.slots, pages.slots))
+
     def _feed_forward(self, h: tf.Tensor, window: Window) -> tuple[tf.Tensor, Routing | None]:
         normed = self.post_attention_layernorm(h)
         if not self.moe:
@@ -178,6 +185,13 @@ class MTPModule(RestoresPolicy, keras.layers.Layer):
         """Do as `call` for new positions that follow what `cache` holds."""
         out, cache = self.block.step(self._join(h, embedded), window, cache, absorb)
         return self.norm(out), cache
+
+    def paged(
+        self, h: tf.Tensor, embedded: tf.Tensor, pages: Pages, pool: tf.Variable
+    ) -> tuple[tf.Tensor, Routing | None]:
+        """Do as `call` for positions `[1, T, D]` of sequences whose past lies in `pool`."""
+        out, routing = self.block.paged(self._join(h, embedded), pages, pool)
+        return self.norm(out), routing
 
     def _join(self, h: tf.Tensor, embedded: tf.Tensor) -> tf.Tensor:
         return self.eh_proj(tf.concat([self.enorm(embedded), self.hnorm(h)], axis=-1))

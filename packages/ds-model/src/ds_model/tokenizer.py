@@ -113,6 +113,10 @@ class Tokenizer:
         except OSError as error:
             raise TokenizerError(f"{directory} can't be written: {error}") from error
 
+    def to_json(self) -> str:
+        """Return what `tokenizer.json` holds."""
+        return self._backend.to_str()
+
     @property
     def vocab_size(self) -> int:
         """Number of tokens, special ones included; a model's `vocab_size` is this or more."""
@@ -180,6 +184,13 @@ class Tokenizer:
             raise TokenizerError(f"token id {min(tokens)} is negative")
         return self._backend.decode(tokens, skip_special_tokens=skip_special_tokens)
 
+    def token_bytes(self, token: int) -> bytes:
+        """Bytes that a token stands for; of a special one its name."""
+        name = self._backend.id_to_token(token) or ""
+        if all(character in _ALPHABET for character in name):
+            return bytes(_ALPHABET[character] for character in name)
+        return name.encode()
+
     def stream_decoder(self, skip_special_tokens: bool = True) -> StreamDecoder:
         """A decoder for one stream of ids as they are generated.
 
@@ -189,7 +200,7 @@ class Tokenizer:
         if not isinstance(self._backend.decoder, decoders.ByteLevel):
             raise TokenizerError("only byte-level tokenizers can be decoded as a stream")
         special = self._special_ids if skip_special_tokens else frozenset()
-        return StreamDecoder(lambda token: b"" if token in special else self._bytes(token))
+        return StreamDecoder(lambda token: b"" if token in special else self.token_bytes(token))
 
     @overload
     def apply_chat_template(
@@ -245,12 +256,6 @@ class Tokenizer:
     def _special_ids(self) -> frozenset[int]:
         added = self._backend.get_added_tokens_decoder()
         return frozenset(token for token, added_token in added.items() if added_token.special)
-
-    def _bytes(self, token: int) -> bytes:
-        name = self._backend.id_to_token(token) or ""
-        if all(character in _ALPHABET for character in name):
-            return bytes(_ALPHABET[character] for character in name)
-        return name.encode()
 
     def _name(self, role: str) -> str | None:
         name = self._settings.get(role)

@@ -34,7 +34,7 @@ from ds_precision.fused import (
     fused_rms_norm,
     fused_square_sum,
 )
-from ds_precision.latent_attention import fused_latent_attention
+from ds_precision.latent_attention import fused_latent_attention, fused_paged_attention
 from ds_precision.linear import Linear, matmul
 from ds_precision.products import AttentionDone, attention_done, fused_attention, fused_experts
 from ds_precision.routing import fused_routing
@@ -76,6 +76,7 @@ __all__ = [
     "fused_cross_entropy",
     "fused_experts",
     "fused_latent_attention",
+    "fused_paged_attention",
     "fused_rms_norm",
     "fused_routing",
     "fused_square_sum",

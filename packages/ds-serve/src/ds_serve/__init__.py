@@ -1,6 +1,18 @@
-"""Serve a DeepSeek-V3 over HTTP, as OpenAI's clients speak it."""
+"""Serve a DeepSeek-V3 over HTTP to many clients at once, as OpenAI's clients speak it."""
 
-from ds_serve.app import create_app
-from ds_serve.limits import Limits
+from ds_serve.api.app import create_app
+from ds_serve.api.keys import Keys
+from ds_serve.api.limits import Limits
+from ds_serve.engine import Engine, EngineOptions, Rules, Text, Token, Update
 
-__all__ = ["Limits", "create_app"]
+__all__ = [
+    "Engine",
+    "EngineOptions",
+    "Keys",
+    "Limits",
+    "Rules",
+    "Text",
+    "Token",
+    "Update",
+    "create_app",
+]

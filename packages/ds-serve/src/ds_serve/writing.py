@@ -1,7 +1,4 @@
-"""From a prompt's token ids to text in pieces: the one place that calls the model.
-
-The server and the terminal chat both write through this.
-"""
+"""From a prompt's token ids to text in pieces: what the terminal chat writes through."""
 
 from __future__ import annotations
 
@@ -109,17 +106,6 @@ def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     ids = tokenizer.encode(text, add_special_tokens=True)
     first = tokenizer.bos_token_id
     return ids if first is None or not ids or ids[0] == first else [first, *ids]
-
-
-def warm_up(model: CausalLM, tokenizer: Tokenizer) -> None:
-    """Compile what generation needs, so that no request waits for it.
-
-    Two prompts of different lengths: after the second one TensorFlow has traced the graph for
-    any length.
-    """
-    for prompt in ([0], [0, 0]):
-        for _ in write(model, tokenizer, prompt, Options(max_tokens=len(prompt) + 1)):
-            pass
 
 
 def end_tokens(model: CausalLM, tokenizer: Tokenizer) -> set[int]:

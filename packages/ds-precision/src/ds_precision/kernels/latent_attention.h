@@ -9,31 +9,54 @@ namespace ds {
 // Decoding in the latent space (arXiv 2405.04434, section 2.1): `W_uk` goes into the query and
 // `W_uv` into the output, so a new token reads nothing of the past but latents and rotated keys.
 //
-// Letters: B rows, S new tokens of each, L slots, H heads, N and R the parts of a query, C latent,
-// V a head's value, W = C + R.
+// Sequences bring as many new tokens as they like, and their past lies in blocks anywhere in a pool
+// (arXiv 2309.06180). What a sequence gets does not depend on which others there are.
+//
+// Letters: T new tokens of B sequences, H heads, N and R the parts of a query, C latent, V a head's
+// value, W = C + R.
 struct LatentAttention {
-  View q;                        // [B S, H (N + R)] before rotation
-  View compressed;               // [B S, W]: the latent before its norm, the key before rotation
+  View q;                        // [T, H (N + R)] before rotation
+  View compressed;               // [T, W]: the latent before its norm, the key before rotation
   View norm, up;                 // [C], [C, H (N + V)]
-  const float *cosines, *sines;  // [B or 1, S, R / 2]
-  const int32_t* slots;          // [B or 1, S]: where a token goes; it sees slots up to its own
-  const char* valid;             // [B, L] or null: and of those the valid ones
-  bool one_angle, one_slot, interleave;
+  const float *cosines, *sines;  // [angles, R / 2], token t's at t % angles
+  const int32_t* slots;          // [places], token t's at t % places: where it goes in its
+                                 // sequence; it sees slots up to its own
+  const char* valid;             // [B, length] or null: and of those the valid ones
+  int64_t angles, places, length;
+  bool interleave;
   float scale, epsilon;
-  int64_t batch, count, length, heads, nope, rope, latent, value;
-  char* entries;  // [B, L, W]
+  int64_t heads, nope, rope, latent, value;
+  int64_t batch;
+  const int32_t* splits;  // [B + 1]: sequence b's new tokens
+  const int32_t* tables;  // [B, table]: the blocks of its slots, in order
+  int64_t table, block;   // and how many slots a block has
+  char* entries;          // [blocks, block, W]
+  std::vector<int32_t> owner = {};  // [T]: a token's sequence
 
   int64_t width() const { return latent + rope; }
-  int64_t tokens() const { return batch * count; }
-  int64_t rows() const { return count * heads; }  // queries of one row of the batch
-  int64_t slot(int64_t token) const { return slots[one_slot ? token % count : token]; }
+  int64_t tokens() const { return splits[batch]; }
+  int64_t count(int64_t b) const { return splits[b + 1] - splits[b]; }
+  int64_t rows(int64_t b) const { return count(b) * heads; }  // queries of one sequence
+  int64_t slot(int64_t token) const { return slots[token % places]; }
   View cached(int64_t b, int64_t slot) const {
-    return {entries + (b * length + slot) * width() * size_of(q.type), q.type, width()};
+    const int64_t at = tables[b * table + slot / block] * block + slot % block;
+    return {entries + at * width() * size_of(q.type), q.type, width()};
+  }
+
+  // How many of its slots a sequence sees.
+  int64_t end(int64_t b) const {
+    int64_t found = 0;
+    for (int64_t t = splits[b]; t < splits[b + 1]; t++) found = std::max(found, slot(t) + 1);
+    return found;
+  }
+
+  void find_owners() {
+    for (int64_t b = 0; b < batch; b++) owner.insert(owner.end(), count(b), b);
   }
 
   // Turns R numbers by their token's position.
   void turn(int64_t token, const float* from, float factor, float* to) const {
-    const int64_t half = rope / 2, at = (one_angle ? token % count : token) * half;
+    const int64_t half = rope / 2, at = token % angles * half;
     for (int64_t i = 0; i < half; i++) {
       const float one = from[interleave ? 2 * i : i], two = from[interleave ? 2 * i + 1 : half + i];
       to[i] = factor * (one * cosines[at + i] - two * sines[at + i]);
@@ -54,7 +77,7 @@ struct LatentAttention {
       auto* at = reinterpret_cast<LooseVec*>(own + c);
       *at *= root * load(norm.type, norm.at(0, c), std::min<int64_t>(kLanes, latent - c));
     }
-    const View entry = cached(token / count, slot(token));
+    const View entry = cached(owner[token], slot(token));
     narrow(q.type, own, latent, const_cast<char*>(entry.at(0, 0)));
     narrow(q.type, key, rope, const_cast<char*>(entry.at(0, latent)));
   }
@@ -81,20 +104,20 @@ struct LatentAttention {
     }
   }
 
-  // What the queries of one row of the batch found in some of the slots: sums of latents, weighed
-  // by e to the score less the highest so far; and the sums of those weights.
+  // What the queries of one sequence found in some of its slots: sums of latents, weighed by e to
+  // the score less the highest so far; and the sums of those weights.
   struct Found {
     float *latents, *highest, *total;  // [S, H, C], [S, H], [S, H]
   };
 
-  // Looks at slots [first, end) of row `b`, a few at a time, so that no score is kept.
+  // Looks at slots [first, end) of sequence `b`, a few at a time, so that no score is kept.
   void look(int64_t b, int64_t first, int64_t end, const float* queries, const Found& found) const {
-    std::fill(found.highest, found.highest + rows(), kLowest);
-    std::fill(found.total, found.total + rows(), 0.f);
-    std::fill(found.latents, found.latents + rows() * latent, 0.f);
-    float* scores = scratch(2, rows() * kLook);
-    for (int64_t at = first; at < end; at += kLook) {
-      const int64_t seen = std::min<int64_t>(kLook, end - at);
+    std::fill(found.highest, found.highest + rows(b), kLowest);
+    std::fill(found.total, found.total + rows(b), 0.f);
+    std::fill(found.latents, found.latents + rows(b) * latent, 0.f);
+    float* scores = scratch(2, rows(b) * kLook);
+    for (int64_t at = first, seen; at < end; at += seen) {
+      seen = std::min({kLook, end - at, block - at % block});
       View keys = cached(b, at);
       keys.transposed = true;
       auto keep = [&](int64_t row, int64_t column, Vec one, Vec two, int64_t) {
@@ -102,8 +125,8 @@ struct LatentAttention {
         to[0] = one;
         to[1] = two;
       };
-      const Left asked = left_side(floats(queries, width()), 0, rows(), width());
-      product(asked, keys, Shape{rows(), width(), 0}, 0, seen, keep);
+      const Left asked = left_side(floats(queries, width()), 0, rows(b), width());
+      product(asked, keys, Shape{rows(b), width(), 0}, 0, seen, keep);
       weigh(b, at, seen, scores, found);
       auto add = [&](int64_t row, int64_t column, Vec one, Vec two, int64_t wide) {
         each(column, one, two, wide, [&](int64_t c, Vec sums, int real) {
@@ -111,16 +134,16 @@ struct LatentAttention {
           store(Type::kFloat, to, load(Type::kFloat, to, real) + sums, real);
         });
       };
-      const Left weights = left_side(floats(scores, kLook), 0, rows(), seen);
-      product(weights, cached(b, at), Shape{rows(), seen, 0}, 0, latent, add);
+      const Left weights = left_side(floats(scores, kLook), 0, rows(b), seen);
+      product(weights, cached(b, at), Shape{rows(b), seen, 0}, 0, latent, add);
     }
   }
 
   // Turns scores into weights, and brings what was found before to the new highest score.
   void weigh(int64_t b, int64_t first, int64_t seen, float* scores, const Found& found) const {
     constexpr int vectors = kLook / kLanes;
-    for (int64_t s = 0; s < count; s++) {
-      const int64_t own = std::min(slot(b * count + s) + 1 - first, seen);
+    for (int64_t s = 0; s < count(b); s++) {
+      const int64_t own = std::min(slot(splits[b] + s) + 1 - first, seen);
       if (own <= 0) std::fill(scores + s * heads * kLook, scores + (s + 1) * heads * kLook, 0.f);
       if (own <= 0) continue;
       alignas(64) int32_t may[kLook] = {};
@@ -149,21 +172,27 @@ struct LatentAttention {
     }
   }
 
-  // One head's output: what all `parts` found, joined in `to [B S, H, C]`, through `W_uv` into
-  // `y [B S, H V]`. A query that sees nothing gets zeros.
-  template <class Part>
-  void answer(int64_t head, int64_t parts, const Part& found, float* to, char* y) const {
+  // Some of a sequence's slots, for one thread.
+  struct Part {
+    int64_t sequence, first, end;
+    Found found;
+  };
+
+  // One head's output: what all parts found, joined in `to [T, H, C]`, through `W_uv` into
+  // `y [T, H V]`. A query that sees nothing gets zeros.
+  void answer(int64_t head, const std::vector<Part>& parts, const std::vector<int64_t>& first_part,
+              float* to, char* y) const {
     to += head * latent;
     for (int64_t token = 0; token < tokens(); token++) {
-      const int64_t row = token % count * heads + head;
+      const int64_t b = owner[token], row = (token - splits[b]) * heads + head;
       float highest = kLowest, total = 0;
-      for (int64_t p = 0; p < parts; p++) {
-        highest = std::max(highest, found(token / count, p).highest[row]);
+      for (int64_t p = first_part[b]; p < first_part[b + 1]; p++) {
+        highest = std::max(highest, parts[p].found.highest[row]);
       }
       float* own = to + token * heads * latent;
       std::fill(own, own + latent, 0.f);
-      for (int64_t p = 0; p < parts; p++) {
-        const Found part = found(token / count, p);
+      for (int64_t p = first_part[b]; p < first_part[b + 1]; p++) {
+        const Found& part = parts[p].found;
         const float share = std::exp(part.highest[row] - highest);
         total += part.total[row] * share;
         for (int64_t c = 0; c < latent; c++) own[c] += share * part.latents[row * latent + c];
@@ -182,34 +211,103 @@ struct LatentAttention {
     product(joined, values, Shape{tokens(), latent, 0}, 0, value, put);
   }
 
-  void run(char* y) const {
+  // Attends to what lies in the cache, the new tokens included.
+  void attend_absorbed(char* y) const {
+    if (!tokens()) return;
     std::unique_ptr<float[]> queries(new float[tokens() * heads * width()]);
-    Threads::shared().run(heads + 1, [&](int64_t i) {
-      if (i) return ask(i - 1, queries.get());
-      for (int64_t token = 0; token < tokens(); token++) remember(token);
-    });
-    int64_t end = 0;  // of the slots that anybody sees
-    for (int64_t token = 0; token < tokens(); token++) end = std::max(end, slot(token) + 1);
-    const int64_t looks = (end + kLook - 1) / kLook;
-    const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(looks, kParts / batch));
-    const int64_t share = (looks + parts - 1) / parts * kLook;
-    std::unique_ptr<float[]> space(new float[batch * parts * rows() * (latent + 2)]);
-    const auto found = [&](int64_t b, int64_t part) {
-      float* to = space.get() + (b * parts + part) * rows() * (latent + 2);
-      return Found{to, to + rows() * latent, to + rows() * (latent + 1)};
-    };
-    Threads::shared().run(batch * parts, [&](int64_t i) {
-      const int64_t b = i / parts, first = i % parts * share;
-      look(b, first, std::min(end, first + share), queries.get() + b * rows() * width(),
-           found(b, i % parts));
+    Threads::shared().run(heads, [&](int64_t head) { ask(head, queries.get()); });
+    std::vector<Part> parts;
+    std::vector<int64_t> first_part{0};
+    int64_t size = 0;  // of what all parts find
+    for (int64_t b = 0; b < batch; b++) {
+      const int64_t last = end(b), share = share_of(last);
+      for (int64_t at = 0; at < last; at += share) {
+        parts.push_back({b, at, std::min(last, at + share), {}});
+        size += rows(b) * (latent + 2);
+      }
+      first_part.push_back(parts.size());
+    }
+    std::unique_ptr<float[]> space(new float[size]);
+    float* free = space.get();
+    for (Part& part : parts) {
+      const int64_t n = rows(part.sequence);
+      part.found = {free, free + n * latent, free + n * (latent + 1)};
+      free += n * (latent + 2);
+    }
+    Threads::shared().run(parts.size(), [&](int64_t i) {
+      const Part& part = parts[i];
+      const float* own = queries.get() + splits[part.sequence] * heads * width();
+      look(part.sequence, part.first, part.end, own, part.found);
     });
     std::unique_ptr<float[]> joined(new float[tokens() * heads * latent]);
-    Threads::shared().run(heads, [&](int64_t i) { answer(i, parts, found, joined.get(), y); });
+    Threads::shared().run(heads, [&](int64_t i) { answer(i, parts, first_part, joined.get(), y); });
+  }
+
+  // The slots that one thread looks at: at most `kParts` shares of a sequence, by its length alone.
+  static int64_t share_of(int64_t slots) {
+    return std::max(2 * kLook, (slots + kParts * kLook - 1) / (kParts * kLook) * kLook);
+  }
+
+  void remember_all() const {
+    shared_rows(tokens(), [&](int64_t first, int64_t last) {
+      for (int64_t token = first; token < last; token++) remember(token);
+    });
+  }
+
+  // The first `few` of the sequences.
+  LatentAttention leading(int64_t few) const {
+    LatentAttention found = *this;
+    found.batch = few;
+    return found;
+  }
+
+  // Attends for sequence `b` with keys and values of all its slots, which are made for that: less
+  // work where many tokens are new.
+  void attend_expanded(int64_t b, char* y) const {
+    const int64_t slots_seen = end(b), first = splits[b], size = size_of(q.type);
+    std::unique_ptr<char[]> latents(new char[slots_seen * latent * size]);
+    std::unique_ptr<char[]> keys(new char[slots_seen * rope * size]);
+    for (int64_t s = 0; s < slots_seen; s++) {
+      const char* from = cached(b, s).data;
+      std::memcpy(latents.get() + s * latent * size, from, latent * size);
+      std::memcpy(keys.get() + s * rope * size, from + latent * size, rope * size);
+    }
+    const int64_t wide = heads * (nope + value);
+    std::unique_ptr<char[]> kv(new char[slots_seen * wide * size]);
+    const int32_t offsets[] = {0, static_cast<int32_t>(slots_seen)};
+    const View left{latents.get(), q.type, latent};
+    grouped({left, up, latent, wide, 0, 1, offsets},
+            [&](int64_t row, int64_t column, Vec one, Vec two, int64_t count) {
+              each(column, one, two, count, [&](int64_t at, Vec sums, int real) {
+                store(q.type, kv.get() + (row * wide + at) * size, sums, real);
+              });
+            });
+    Attention a;
+    a.q = q.data + first * q.stride * size;
+    a.kv = kv.get();
+    a.k_rope = keys.get();
+    a.type = q.type;
+    a.cosines = cosines + first * (rope / 2);
+    a.sines = sines + first * (rope / 2);
+    a.slots = slots + first;
+    a.valid = nullptr;
+    a.one_row = true;
+    a.interleave = interleave;
+    a.scale = scale;
+    a.batch = 1;
+    a.queries = count(b);
+    a.keys = slots_seen;
+    a.heads = heads;
+    a.nope = nope;
+    a.rope = rope;
+    a.value = value;
+    std::unique_ptr<float[]> sums(new float[heads * a.queries]);
+    attend(a, y + first * heads * value * size, sums.get());
   }
 
   static constexpr float kLowest = -1e30f;
   static constexpr int64_t kLook = 64;   // slots whose scores are in the making
-  static constexpr int64_t kParts = 32;  // shares of the slots, at batch 1
+  static constexpr int64_t kParts = 32;  // most shares of a sequence's slots
 };
 
 }  // namespace ds

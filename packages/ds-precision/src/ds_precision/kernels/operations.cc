@@ -167,18 +167,17 @@ void attention_grad_op(Context& c, const Attributes& attributes) {
                   dkv, reinterpret_cast<float*>(dk_rope));
 }
 
-// q [B, S, H, N + R], compressed [B, S, C + R], norm [C], up [C, H (N + V)], cosines and sines
-// [B or 1, S, R / 2], slots [B or 1, S], valid [B, L] or empty, entries [B, L, C + R]
-// -> y [B, S, H V], entries with the new tokens, in place where nobody else holds them
-void latent_attention_op(Context& c, const Attributes& attributes) {
+// Sequences with up to so many new tokens attend in the latent space, longer ones expanded.
+constexpr int64_t kAbsorbed = 8;
+
+// q [..., H, N + R], compressed [..., C + R], norm [C], up [C, H (N + V)], cosines and sines
+// [..., R / 2]
+LatentAttention latent_attention_of(Context& c, const Attributes& attributes) {
   TF_Tensor *q = c.input(0), *compressed = c.input(1), *norm = c.input(2), *up = c.input(3);
-  TF_Tensor *cosines = c.input(4), *sines = c.input(5), *slots = c.input(6), *valid = c.input(7);
-  require(TF_NumDims(q) == 4, "q has rank " + std::to_string(TF_NumDims(q)) + "; it must be 4");
+  TF_Tensor *cosines = c.input(4), *sines = c.input(5);
+  require(TF_NumDims(q) >= 3, "q has rank " + std::to_string(TF_NumDims(q)) + "; it needs 3 or 4");
   LatentAttention a;
-  a.batch = TF_Dim(q, 0);
-  a.count = TF_Dim(q, 1);
-  a.heads = TF_Dim(q, 2);
-  a.length = c.size(8, 1);
+  a.heads = TF_Dim(q, TF_NumDims(q) - 2);
   a.rope = 2 * last(cosines);
   a.nope = last(q) - a.rope;
   a.latent = last(norm);
@@ -190,30 +189,115 @@ void latent_attention_op(Context& c, const Attributes& attributes) {
   a.up = matrix(up, q);
   a.cosines = data<float>(cosines);
   a.sines = data<float>(sines);
-  a.slots = data<int32_t>(slots);
-  a.valid = TF_TensorElementCount(valid) ? data<char>(valid) : nullptr;
+  a.angles = rows_of(cosines);
+  a.valid = nullptr;
+  a.length = 0;
   a.interleave = attributes.interleave;
   a.scale = attributes.scale;
   a.epsilon = attributes.epsilon;
   require(a.nope > 0 && a.value > 0 && a.heads * (a.nope + a.value) == last(up) &&
               rows_of(up) == a.latent && last(compressed) == a.width() &&
-              rows_of(compressed) == a.tokens(),
+              rows_of(compressed) * a.heads == rows_of(q),
           "q, compressed, norm, up and cosines do not fit together");
-  a.one_angle = rows_of(cosines) == a.count;
-  a.one_slot = TF_TensorElementCount(slots) == a.count;
-  require((a.one_angle || rows_of(cosines) == a.tokens()) && rows_of(sines) == rows_of(cosines) &&
-              last(sines) == last(cosines),
+  require(rows_of(sines) == a.angles && last(sines) == last(cosines),
+          "cosines and sines must be of the same shape");
+  return a;
+}
+
+// and slots [B or 1, S], valid [B, L] or empty, entries [B, L, C + R]
+// -> y [B, S, H V], entries with the new tokens, in place where nobody else holds them
+void latent_attention_op(Context& c, const Attributes& attributes) {
+  LatentAttention a = latent_attention_of(c, attributes);
+  TF_Tensor *q = c.input(0), *slots = c.input(6), *valid = c.input(7);
+  require(TF_NumDims(q) == 4, "q has rank " + std::to_string(TF_NumDims(q)) + "; it must be 4");
+  const int64_t count = TF_Dim(q, 1);
+  a.batch = TF_Dim(q, 0);
+  a.length = a.block = c.size(8, 1);
+  a.table = 1;
+  a.slots = data<int32_t>(slots);
+  a.places = TF_TensorElementCount(slots);
+  a.valid = TF_TensorElementCount(valid) ? data<char>(valid) : nullptr;
+  require(a.angles == count || a.angles == a.batch * count,
           "cosines and sines must be [B, S, R / 2] or [1, S, R / 2]");
-  require(a.one_slot || TF_TensorElementCount(slots) == a.tokens(), "slots must be [B or 1, S]");
+  require(a.places == count || a.places == a.batch * count, "slots must be [B or 1, S]");
   require(!a.valid || TF_TensorElementCount(valid) == a.batch * a.length, "valid must be [B, L]");
-  for (int64_t i = 0; i < TF_TensorElementCount(slots); i++) {
+  for (int64_t i = 0; i < a.places; i++) {
     require(a.slots[i] >= 0 && a.slots[i] < a.length,
             "slots hold " + std::to_string(a.slots[i]) + "; the cache has " +
                 std::to_string(a.length));
   }
-  char* y = c.output(0, TF_TensorType(q), {a.batch, a.count, a.heads * a.value});
+  std::vector<int32_t> splits, tables;  // a row of the cache is one block
+  for (int64_t b = 0; b <= a.batch; b++) splits.push_back(b * count);
+  for (int64_t b = 0; b < a.batch; b++) tables.push_back(b);
+  a.splits = splits.data();
+  a.tables = tables.data();
+  a.find_owners();
+  char* y = c.output(0, TF_TensorType(q), {a.batch, count, a.heads * a.value});
   a.entries = c.changed(8, 1, {a.batch, a.length, a.width()});
-  a.run(y);
+  a.remember_all();
+  a.attend_absorbed(y);
+}
+
+// and slots [T], splits [B + 1], tables [B, M], copies [n, 2], pool [blocks, block, C + R]
+// -> y [T, H V]. The new tokens are written into the pool's own memory; before that blocks are
+// copied as `copies` says, from and to.
+//
+// A variable is the pool: what it reads as is its memory, not a copy. The C interface knows no
+// variables, so there is no other way to change a few blocks of one.
+void paged_attention_op(Context& c, const Attributes& attributes) {
+  LatentAttention a = latent_attention_of(c, attributes);
+  TF_Tensor *q = c.input(0), *slots = c.input(6), *splits = c.input(7), *tables = c.input(8);
+  TF_Tensor *copies = c.input(9), *pool = c.input(10);
+  require(TF_NumDims(q) == 3, "q has rank " + std::to_string(TF_NumDims(q)) + "; it must be 3");
+  require(TF_NumDims(tables) == 2 && TF_NumDims(pool) == 3 && last(pool) == a.width(),
+          "tables must be [B, M] and the pool [blocks, block, C + R]");
+  const int64_t count = TF_Dim(q, 0), blocks = TF_Dim(pool, 0);
+  a.batch = TF_Dim(tables, 0);
+  a.table = TF_Dim(tables, 1);
+  a.block = TF_Dim(pool, 1);
+  a.slots = data<int32_t>(slots);
+  a.places = count;
+  a.splits = data<int32_t>(splits);
+  a.tables = data<int32_t>(tables);
+  a.entries = data<char>(pool);
+  require(a.angles == count && TF_TensorElementCount(slots) == count,
+          "cosines, sines and slots must be of as many tokens as q");
+  require(TF_TensorElementCount(splits) == a.batch + 1 && a.splits[0] == 0 &&
+              a.splits[a.batch] == count,
+          "splits must run from 0 to the number of tokens, one more than sequences");
+  for (int64_t b = 0; b < a.batch; b++) {
+    require(a.splits[b] <= a.splits[b + 1], "splits must not fall");
+    for (int64_t t = a.splits[b]; t < a.splits[b + 1]; t++) {
+      require(a.slots[t] >= 0 && a.slots[t] < a.table * a.block,
+              "slots hold " + std::to_string(a.slots[t]) + "; a table has room for " +
+                  std::to_string(a.table * a.block));
+    }
+    const int64_t used = (a.end(b) + a.block - 1) / a.block;
+    for (int64_t i = 0; i < used; i++) {
+      const int32_t at = a.tables[b * a.table + i];
+      require(at >= 0 && at < blocks, "tables hold block " + std::to_string(at) +
+                                          "; the pool has " + std::to_string(blocks));
+    }
+  }
+  const auto* moved = data<int32_t>(copies);
+  const int64_t bytes = a.block * a.width() * size_of(a.q.type);
+  for (int64_t i = 0; i < TF_TensorElementCount(copies); i++) {
+    require(moved[i] >= 0 && moved[i] < blocks, "copies hold block " + std::to_string(moved[i]) +
+                                                    "; the pool has " + std::to_string(blocks));
+  }
+  for (int64_t i = 0; i + 1 < TF_TensorElementCount(copies); i += 2) {
+    if (moved[i] == moved[i + 1]) continue;
+    std::memcpy(a.entries + moved[i + 1] * bytes, a.entries + moved[i] * bytes, bytes);
+  }
+  a.find_owners();
+  char* y = c.output(0, TF_TensorType(q), {count, a.heads * a.value});
+  a.remember_all();
+  int64_t few = 0;
+  while (few < a.batch && a.count(few) <= kAbsorbed) few++;
+  a.leading(few).attend_absorbed(y);
+  for (int64_t b = few; b < a.batch; b++) {
+    if (a.count(b)) a.attend_expanded(b, y);
+  }
 }
 
 // scores [T, E], bias [E] or empty -> indices [T, K], gates [T, K]
@@ -314,8 +398,8 @@ void any_shape(TF_ShapeInferenceContext* context, TF_Status* status) {
 using Names = std::vector<const char*>;
 
 template <Operation operation>
-void declare(const char* name, const Names& attributes, const Names& inputs,
-             const Names& outputs) {
+void declare(const char* name, const Names& attributes, const Names& inputs, const Names& outputs,
+             bool stateful = false) {
   TF_Status* status = TF_NewStatus();
   TF_OpDefinitionBuilder* op = TF_NewOpDefinitionBuilder(name);
   TF_OpDefinitionBuilderAddAttr(op, "transpose: bool = false");
@@ -327,6 +411,7 @@ void declare(const char* name, const Names& attributes, const Names& inputs,
   for (const char* spec : inputs) TF_OpDefinitionBuilderAddInput(op, spec);
   for (const char* spec : outputs) TF_OpDefinitionBuilderAddOutput(op, spec);
   TF_OpDefinitionBuilderSetShapeInferenceFunction(op, any_shape);
+  TF_OpDefinitionBuilderSetIsStateful(op, stateful);
   TF_RegisterOpDefinition(op, status);
   TF_KernelBuilder* builder = TF_NewKernelBuilder(name, "CPU", create, compute<operation>, destroy);
   TF_RegisterKernelBuilder(name, builder, status);
@@ -360,6 +445,12 @@ __attribute__((constructor)) void declare_all() {
       {"q: T", "compressed: T", "norm: N", "up: W", "cosines: float", "sines: float",
        "slots: int32", "valid: bool", "entries: T"},
       {"y: T", "updated: T"});
+  // Stateful, since it changes the pool: never left out, never done twice, and in order.
+  declare<paged_attention_op>(
+      "DsPagedAttention", {kType, "N: {float, bfloat16}", "W: {float, bfloat16}"},
+      {"q: T", "compressed: T", "norm: N", "up: W", "cosines: float", "sines: float",
+       "slots: int32", "splits: int32", "tables: int32", "copies: int32", "pool: T"},
+      {"y: T"}, true);
   declare<rms_norm_op>("DsRmsNorm", {kType}, {"x: T", "weight: float"},
                               {"y: T", "scales: float"});
   declare<rms_norm_grad_op>("DsRmsNormGrad", {kType},

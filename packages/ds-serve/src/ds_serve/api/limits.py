@@ -10,23 +10,23 @@ class Limits:
     """Bounds on requests; the model's own context bounds prompt and answer together.
 
     Attributes:
-        max_waiting: requests that may wait besides the one that is served; a further one is
-            answered 429.
-        max_new_tokens: most tokens of an answer, and what a chat that sets no bound gets. The
-            latent cache is claimed for all of them at once.
+        max_new_tokens: most tokens of an answer, and what a chat that sets no bound gets.
         max_body_bytes: size of a request's body; a larger one is answered 413.
+        body_seconds: time in which a body must have arrived; a slower one is answered 408.
+        request_seconds: time after which an answer is given up.
 
     Raises:
         ValueError: a bound is too small.
     """
 
-    max_waiting: int = 16
     max_new_tokens: int = 1024
     max_body_bytes: int = 1_000_000
+    body_seconds: float = 30.0
+    request_seconds: float = 600.0
 
     def __post_init__(self) -> None:
         """Check the bounds."""
-        for name, least in (("max_waiting", 0), ("max_new_tokens", 1), ("max_body_bytes", 1)):
+        for name in ("max_new_tokens", "max_body_bytes", "body_seconds", "request_seconds"):
             value = getattr(self, name)
-            if value < least:
-                raise ValueError(f"{name} is {value}; it must be at least {least}")
+            if value < (1 if isinstance(value, int) else 1e-3):
+                raise ValueError(f"{name} is {value}; it must be 1 or more")

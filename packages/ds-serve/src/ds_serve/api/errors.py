@@ -10,7 +10,7 @@ from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from ds_serve.line import LineFullError
+from ds_serve.engine import BusyError, ClosedError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -50,6 +50,8 @@ def error_body(message: str, status_code: int, param: str | None, code: str | No
     kind = "server_error" if server else "invalid_request_error"
     if status_code == HTTPStatus.TOO_MANY_REQUESTS:
         kind = "rate_limit_error"
+    if status_code == HTTPStatus.UNAUTHORIZED:
+        kind = "authentication_error"
     return json.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}})
 
 
@@ -61,11 +63,16 @@ def answer_in_openai_shape(app: FastAPI) -> None:
         param, code = getattr(error, "param", None), getattr(error, "code", None)
         return _answer(error.detail, error.status_code, param, code, error.headers)
 
-    @app.exception_handler(LineFullError)
-    async def full(_: Request, error: LineFullError) -> Response:
+    @app.exception_handler(BusyError)
+    async def full(_: Request, error: BusyError) -> Response:
         headers = {"Retry-After": str(error.retry_after)}
         busy = HTTPStatus.TOO_MANY_REQUESTS
         return _answer(f"The server is busy: {error}.", busy, None, "server_busy", headers)
+
+    @app.exception_handler(ClosedError)
+    async def closed(_: Request, __: ClosedError) -> Response:
+        unavailable = HTTPStatus.SERVICE_UNAVAILABLE
+        return _answer("The server is shutting down.", unavailable, None, "closing", None)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
@@ -84,7 +91,9 @@ def _first_problem(problem: dict[str, Any]) -> tuple[str, str | None, str | None
     kind, (_, *location) = problem["type"], problem["loc"]
     if kind == "json_invalid":
         return f"The body is not valid JSON: {problem['ctx']['error']}.", None, "invalid_json"
-    field = ".".join(str(part) for part in location)
+    # A union's branches are parts of the location, and no fields.
+    named = [str(part) for part in location if isinstance(part, int) or part.isidentifier()]
+    field = ".".join(named)
     if not field and kind == "value_error":
         return f"{problem['msg'].removeprefix(_VALUE_ERROR)}.", None, "invalid_value"
     if not field:

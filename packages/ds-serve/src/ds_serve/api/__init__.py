@@ -1,0 +1,1 @@
+"""What clients speak to: OpenAI's protocol over an engine."""
