@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -321,6 +322,9 @@ def _warm_up(engine: Engine) -> None:
         task = progress.add_task("Warming up", total=1.0)
         for share in engine.warm_up():
             progress.update(task, completed=share)
+    # What is there stays: else each collection of garbage walks through all of TensorFlow's graphs.
+    gc.collect()
+    gc.freeze()
 
 
 def _keys(path: Path) -> Keys:

@@ -84,10 +84,16 @@ class Steps:
 
     def run(self, plan: Plan) -> Results:
         """Do one step."""
-        inputs = self._inputs(plan)
-        flat = [tf.constant(array) for array in tf.nest.flatten(inputs)]
-        found = self._step(*tf.nest.pack_sequence_as(self._spec(), flat))
+        found = self.call(self.tensors(plan))
         return tf.nest.map_structure(lambda tensor: tensor.numpy(), found)
+
+    def tensors(self, plan: Plan) -> Inputs:
+        """Return a step's numbers as tensors."""
+        return tf.nest.map_structure(tf.constant, self._inputs(plan))
+
+    def call(self, inputs: Inputs) -> Results:
+        """Run the compiled step, and nothing else."""
+        return self._step(*inputs)
 
     def warm_up(self, step_tokens: int) -> Iterator[float]:
         """Do each kind of step once, so that no request waits for what happens the first time.
