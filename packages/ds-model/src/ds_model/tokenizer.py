@@ -186,10 +186,15 @@ class Tokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """Bytes that a token stands for; of a special one its name."""
-        name = self._backend.id_to_token(token) or ""
-        if all(character in _ALPHABET for character in name):
-            return bytes(_ALPHABET[character] for character in name)
-        return name.encode()
+        found = self._known_bytes.get(token)
+        if found is None:
+            name = self._backend.id_to_token(token) or ""
+            if all(character in _ALPHABET for character in name):
+                found = bytes(_ALPHABET[character] for character in name)
+            else:
+                found = name.encode()
+            self._known_bytes[token] = found
+        return found
 
     def stream_decoder(self, skip_special_tokens: bool = True) -> StreamDecoder:
         """A decoder for one stream of ids as they are generated.
@@ -245,6 +250,10 @@ class Tokenizer:
         given["add_generation_prompt"] = add_generation_prompt
         text = render(self.chat_template, messages, **given)
         return self.encode(text) if tokenize else text
+
+    @cached_property
+    def _known_bytes(self) -> dict[int, bytes]:
+        return {}
 
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:

@@ -227,6 +227,7 @@ def _run(
     config = uvicorn.Config(
         served,
         access_log=False,
+        loop="uvloop",
         log_config=log_config(log.value, quiet=quiet),
         timeout_graceful_shutdown=math.ceil(grace),
         ssl_certfile=tls_cert,

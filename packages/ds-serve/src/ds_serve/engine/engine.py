@@ -293,7 +293,7 @@ class Engine:
         text.draft = None
         if self.steps.drafts and count:
             text.draft = int(results.drafts[row + count - 1])
-        hidden = results.hidden[row] if text.rules.hidden else None
+        hidden = results.hidden[row].numpy() if text.rules.hidden else None
         if text.finish_reason is not None:
             scheduler.leave(text)
             spent = time.monotonic() - (text.started or text.arrived)

@@ -42,6 +42,13 @@ class Choice(NamedTuple):
     allowed: np.ndarray | tf.Tensor
     telling: np.ndarray | tf.Tensor
 
+    @property
+    def plain(self) -> bool:
+        """Whether each token is just the likeliest, and nobody asked for more."""
+        return not (
+            self.telling or self.numbers[:, 0].any() or len(self.changed) or len(self.allowed)
+        )
+
     @staticmethod
     def spec(vocabulary: int) -> Choice:
         """Return the types and known sizes, so that no call is traced anew."""
@@ -138,6 +145,11 @@ def choose(logits: tf.Tensor, choice: Choice) -> Chosen:
     return Chosen(
         tokens, *tf.cond(choice.telling, lambda: _tell(logits, tokens), lambda: _nothing(logits))
     )
+
+
+def take_likeliest(logits: tf.Tensor) -> Chosen:
+    """Do as `choose` where the choice is plain."""
+    return Chosen(tf.argmax(logits, axis=-1, output_type=tf.int32), *_nothing(logits))
 
 
 def _change(logits: tf.Tensor, choice: Choice) -> tf.Tensor:

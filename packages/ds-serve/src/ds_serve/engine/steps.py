@@ -1,6 +1,7 @@
 """The compiled step: numbers of one plan in, tokens out.
 
-One graph serves every step, whatever the number of texts and tokens in it; it is traced once, and
+A few graphs serve every step, whatever the number of texts and tokens in it: one for steps in which
+each token is just the likeliest, three for one in which some are not. They are traced once, and
 operations meet each kind of step once before the first request does.
 
 Letters: T tokens read, B texts, M blocks a table has room for, A tokens asked for.
@@ -8,24 +9,45 @@ Letters: T tokens read, B texts, M blocks a table has room for, A tokens asked f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.eager import context
 
 from ds_attention import Pages
 from ds_model import PagedCache, draft_pages, read_pages
-from ds_serve.engine.sampling import Choice, Chosen, choice_for, choose
+from ds_serve.engine.sampling import Choice, Chosen, choice_for, choose, take_likeliest
 from ds_serve.engine.scheduler import FEW, Piece, Plan
-from ds_serve.engine.text import Rules, Text
+from ds_serve.engine.text import Rules, Text, words_for
 
 if TYPE_CHECKING:
     from ds_model import CausalLM
 
+_PARTS = 10  # of a step's integers
+
 
 class Inputs(NamedTuple):
-    """One step's numbers.
+    """One step's numbers, in as few tensors as can be: each costs ten microseconds.
+
+    Attributes:
+        integers: `[n]` int32: all of `_Step`'s and `Choice`'s, one after the other.
+        sizes: `[10]` int32: how many of each.
+        reals: `[m]` float32: `Choice.numbers`, then `Choice.changes`.
+        telling: scalar bool of `Choice`.
+        plain: whether each token is just the likeliest.
+    """
+
+    integers: tf.Tensor
+    sizes: tf.Tensor
+    reals: tf.Tensor
+    telling: tf.Tensor
+    plain: bool
+
+
+class _Step(NamedTuple):
+    """The same, taken apart.
 
     Attributes:
         tokens: `[T]` int32.
@@ -36,26 +58,26 @@ class Inputs(NamedTuple):
         choice: how it is chosen.
     """
 
-    tokens: np.ndarray | tf.Tensor
-    following: np.ndarray | tf.Tensor
+    tokens: tf.Tensor
+    following: tf.Tensor
     pages: Pages
-    asked: np.ndarray | tf.Tensor
+    asked: tf.Tensor
     choice: Choice
 
 
 class Results(NamedTuple):
-    """What a step gave, as arrays.
+    """What a step gave.
 
     Attributes:
-        chosen: the tokens and what is told of them.
-        drafts: `[A]` int32: a guess for the token after each; empty without drafts.
-        hidden: `[A, D]`: normed hidden states of the tokens asked for.
-        experts: `[M, T, K]` int32: chosen by each layer that has experts.
+        chosen: the tokens and what is told of them, as arrays.
+        drafts: `[A]` int32 array: a guess for the token after each; empty without drafts.
+        hidden: `[A, D]` float32 tensor: normed hidden states of the tokens asked for.
+        experts: `[M, T, K]` int32 array: chosen by each layer that has experts.
     """
 
     chosen: Chosen
     drafts: np.ndarray
-    hidden: np.ndarray
+    hidden: tf.Tensor
     experts: np.ndarray
 
 
@@ -80,20 +102,34 @@ class Steps:
         self._model = model
         self.drafts = drafts
         self.cache = PagedCache(model, blocks, block_size, drafts)
-        self._step = tf.function(self._graph, autograph=False).get_concrete_function(*self._spec())
+        row, flag = tf.TensorSpec([None], tf.int32), tf.TensorSpec([], tf.bool)
+        spec = [row, tf.TensorSpec([_PARTS], tf.int32)]
+        real = tf.TensorSpec([None], tf.float32)
+        hidden = tf.TensorSpec([None, model.config.hidden_size], model.compute_dtype)
+        logits = tf.TensorSpec([None, model.config.vocab_size], tf.float32)
+        self._plain = _Graph(self._all, *spec)
+        self._read = _Graph(self._reading, *spec)
+        self._choose = _Graph(self._choosing, logits, *spec, real, flag)
+        if drafts:
+            self._guess = _Graph(self._guessing, hidden, row, *spec)
 
     def run(self, plan: Plan) -> Results:
         """Do one step."""
-        found = self.call(self.tensors(plan))
-        return tf.nest.map_structure(lambda tensor: tensor.numpy(), found)
-
-    def tensors(self, plan: Plan) -> Inputs:
-        """Return a step's numbers as tensors."""
-        return tf.nest.map_structure(tf.constant, self._inputs(plan))
+        chosen, drafts, hidden, experts = self.call(self.tensors(plan))
+        told = Chosen(*(tensor.numpy() for tensor in chosen))
+        return Results(told, drafts.numpy(), hidden, experts.numpy())
 
     def call(self, inputs: Inputs) -> Results:
-        """Run the compiled step, and nothing else."""
-        return self._step(*inputs)
+        """Run the compiled graphs, and nothing else."""
+        integers, sizes, reals, telling, plain = inputs
+        if plain:
+            return self._plain(integers, sizes)
+        read = self._read(integers, sizes)
+        chosen = self._choose(read.logits, integers, sizes, reals, telling)
+        drafts = tf.zeros([0], tf.int32)
+        if self.drafts:
+            drafts = self._guess(read.all_hidden, chosen.tokens, integers, sizes)
+        return Results(chosen, drafts, read.hidden, read.experts)
 
     def warm_up(self, step_tokens: int) -> Iterator[float]:
         """Do each kind of step once, so that no request waits for what happens the first time.
@@ -130,13 +166,8 @@ class Steps:
             pieces.append(Piece(text, 0, [0] * count, 1))
         return Plan(pieces, [])
 
-    def _spec(self) -> Inputs:
-        row = tf.TensorSpec([None], tf.int32)
-        pair, table = tf.TensorSpec([None, 2], tf.int32), tf.TensorSpec([None, None], tf.int32)
-        choice = Choice.spec(self._model.config.vocab_size)
-        return Inputs(row, row, Pages(row, row, table, pair), row, choice)
-
-    def _inputs(self, plan: Plan) -> Inputs:
+    def tensors(self, plan: Plan) -> Inputs:
+        """Return a step's numbers."""
         pieces = plan.pieces
         tokens: list[int] = []
         slots: list[int] = []
@@ -158,38 +189,108 @@ class Steps:
             for ask in range(asks):
                 asked.append(len(tokens) - asks + ask)
                 rows.append((text, text.written + ask))
+        choice = choice_for(rows, self._model.config.vocab_size)
+        parts = [tokens, following, slots, splits, tables, plan.copies, asked]
+        parts += [choice.seeds, choice.changed, choice.allowed]
+        flat = [np.asarray(part, np.int32).ravel() for part in parts]
+        reals = np.concatenate([choice.numbers.ravel(), choice.changes.ravel()])
         return Inputs(
-            np.array(tokens, np.int32),
-            np.array(following, np.int32),
-            Pages(
-                np.array(slots, np.int32),
-                np.array(splits, np.int32),
-                tables,
-                np.array(plan.copies, np.int32).reshape(-1, 2),
-            ),
-            np.array(asked, np.int32),
-            choice_for(rows, self._model.config.vocab_size),
+            tf.constant(np.concatenate(flat)),
+            tf.constant([len(part) for part in flat], tf.int32),
+            tf.constant(reals),
+            tf.constant(choice.telling),
+            choice.plain,
         )
 
-    def _graph(
+    def _apart(
         self,
-        tokens: tf.Tensor,
-        following: tf.Tensor,
-        pages: Pages,
-        asked: tf.Tensor,
-        choice: Choice,
-    ) -> Results:
-        model = self._model
-        read = read_pages(model, tokens, pages, self.cache)
-        hidden = tf.gather(read.hidden, asked)
-        chosen = choose(model.head(hidden), choice)
+        integers: tf.Tensor,
+        sizes: tf.Tensor,
+        reals: tf.Tensor | None = None,
+        telling: tf.Tensor | None = None,
+    ) -> _Step:
+        parts = tf.split(integers, sizes, num=_PARTS)
+        tokens, following, slots, splits, tables, copies, asked, seeds, changed, allowed = parts
+        tables = tf.reshape(tables, [tf.size(splits) - 1, -1])
+        pages = Pages(slots, splits, tables, tf.reshape(copies, [-1, 2]))
+        rows = tf.size(asked)
+        reals = tf.zeros([0]) if reals is None else reals
+        words = words_for(self._model.config.vocab_size)
+        choice = Choice(
+            tf.reshape(reals[: 4 * rows], [-1, 4]),
+            tf.reshape(seeds, [-1, 2]),
+            tf.reshape(changed, [-1, 2]),
+            tf.reshape(reals[4 * rows :], [-1, 2]),
+            tf.reshape(allowed, [-1, words]),
+            telling,
+        )
+        return _Step(tokens, following, pages, asked, choice)
+
+    def _all(self, integers: tf.Tensor, sizes: tf.Tensor) -> Results:
+        """Do a whole step in which each token is the likeliest."""
+        read = self._reading(integers, sizes)
+        chosen = take_likeliest(read.logits)
         drafts = tf.zeros([0], tf.int32)
         if self.drafts:
-            # One more, so that there is something to gather where nothing was asked for.
-            new = tf.concat([chosen.tokens, [0]], axis=0)
-            known = tf.gather(new, tf.maximum(-1 - following, 0))
-            ahead = tf.where(following < 0, known, following)
-            deeper = draft_pages(model, read.hidden, ahead, pages, self.cache)
-            guesses = model.head(tf.gather(deeper, asked))
-            drafts = tf.argmax(guesses, axis=-1, output_type=tf.int32)
-        return Results(chosen, drafts, tf.cast(hidden, tf.float32), read.experts)
+            drafts = self._guessing(read.all_hidden, chosen.tokens, integers, sizes)
+        return Results(chosen, drafts, read.hidden, read.experts)
+
+    def _reading(self, integers: tf.Tensor, sizes: tf.Tensor) -> _Read:
+        step = self._apart(integers, sizes)
+        read = read_pages(self._model, step.tokens, step.pages, self.cache)
+        hidden = tf.gather(read.hidden, step.asked)
+        logits = self._model.head(hidden)
+        return _Read(logits, tf.cast(hidden, tf.float32), read.experts, read.hidden)
+
+    def _choosing(self, logits: tf.Tensor, *inputs: tf.Tensor) -> Chosen:
+        return choose(logits, self._apart(*inputs).choice)
+
+    def _guessing(
+        self, hidden: tf.Tensor, chosen: tf.Tensor, integers: tf.Tensor, sizes: tf.Tensor
+    ) -> tf.Tensor:
+        step = self._apart(integers, sizes)
+        # One more, so that there is something to gather where nothing was asked for.
+        new = tf.concat([chosen, [0]], axis=0)
+        known = tf.gather(new, tf.maximum(-1 - step.following, 0))
+        ahead = tf.where(step.following < 0, known, step.following)
+        deeper = draft_pages(self._model, hidden, ahead, step.pages, self.cache)
+        guesses = self._model.head(tf.gather(deeper, step.asked))
+        return tf.argmax(guesses, axis=-1, output_type=tf.int32)
+
+
+class _Read(NamedTuple):
+    """What comes of reading.
+
+    Attributes:
+        logits: `[A, V]` float32.
+        hidden: `[A, D]` float32.
+        experts: `[M, T, K]` int32.
+        all_hidden: `[T, D]` in the compute type.
+    """
+
+    logits: tf.Tensor
+    hidden: tf.Tensor
+    experts: tf.Tensor
+    all_hidden: tf.Tensor
+
+
+class _Graph:
+    """A function traced once.
+
+    Where it has no branch and no loop one thread starts its operations, one after the other: they
+    are a chain, and each has threads of its own. That saves handing each from thread to thread,
+    0.5 of 4 ms a step of preset `bench`. TensorFlow has a context for it and no public name.
+    """
+
+    def __init__(self, function: Callable[..., Any], *spec: Any) -> None:
+        self._function = tf.function(function, autograph=False).get_concrete_function(*spec)
+        branches = {"If", "StatelessIf", "While", "StatelessWhile"}
+        found = {op.type for op in self._function.graph.get_operations()}
+        gpu = bool(tf.config.list_logical_devices("GPU"))
+        self._executor = "" if found & branches or gpu else "SINGLE_THREADED_EXECUTOR"
+
+    def __call__(self, *inputs: Any) -> Any:
+        if not self._executor:
+            return self._function(*inputs)
+        with context.function_executor_type(self._executor):
+            return self._function(*inputs)
