@@ -40,7 +40,7 @@ PROJECTS = {
 BUILT: dict[str, Path] = {}  # the wheels that this nox run has built
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "2"}
 TESTED = {**QUIET, "DS_PRECISION_KERNELS": "on"}  # compiled operations, where they are slower too
-TESTED_EXTRAS = ("plot", "tensorboard", "mlflow", "wandb", "notebook")  # all but `gpu`
+TESTED_EXTRAS = ("plot", "tensorboard", "mlflow", "wandb", "notebook", "otel")  # all but `gpu`
 COVERAGE = 90  # per cent of each package's lines and branches, by its own tests alone
 
 
@@ -91,13 +91,23 @@ def quickstart(session: nox.Session) -> None:
     session.run("ds-train", "quickstart", "--out", "build/quickstart", *session.posargs, env=QUIET)
 
 
+@nox.session
+def serve(session: nox.Session) -> None:
+    """Serve the quickstart's model, with a page at http://127.0.0.1:8000; trains it if need be."""
+    install_wheels(session, "ds-train[plot]", "ds-serve")
+    model = Path("build/quickstart/model")
+    if not (model / "config.json").exists():
+        session.run("ds-train", "quickstart", "--out", "build/quickstart", env=QUIET)
+    session.run("ds-serve", "serve", str(model), *session.posargs, env=QUIET)
+
+
 @nox.session(venv_backend="none")
 def check(session: nox.Session) -> None:
-    """Run everything that CI runs: lint, interfaces, tools, tests, parity, compat, docs."""
+    """Run everything that CI runs: lint, interfaces, tools, deploy, tests, parity, compat, docs."""
     tests = [f"tests({name})" for name in LOWEST_FIRST]
     compat = [f"compat({name})" for name in LOWEST_FIRST]
     # Each by its full name: nox takes only the first of "tests".
-    for name in ("lint", "interfaces", "tools", *tests, "parity", *compat, "docs"):
+    for name in ("lint", "interfaces", "tools", "deploy", *tests, "parity", *compat, "docs"):
         session.notify(name)
 
 
@@ -135,9 +145,18 @@ def interfaces(session: nox.Session) -> None:
 def tools(session: nox.Session) -> None:
     """Test the workshop itself: interface check, layers, releases, what the benchmark computes."""
     session.install(*nox.project.dependency_groups(GROUPS, "tools"))
-    install_wheels(session, "ds-model", "ds-train[plot]")  # the benchmark counts their costs
+    # The benchmark counts what they cost, and shows what they plan.
+    install_wheels(session, "ds-model", "ds-train[plot]", "ds-serve")
     tests = ("tools/tests", "bench/tests")
     session.run("pytest", "-q", *tests, *report("tools"), *session.posargs, env=QUIET)
+
+
+@nox.session
+def deploy(session: nox.Session) -> None:
+    """Check the container file, manifests, alerts and dashboard, each with its own tool."""
+    install_wheels(session, "ds-serve")
+    session.install(*nox.project.dependency_groups(GROUPS, "deploy"))
+    session.run("pytest", "-q", "deploy/tests", *report("deploy"), *session.posargs, env=QUIET)
 
 
 @nox.session
@@ -239,11 +258,25 @@ def gpu(session: nox.Session, package: str) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Time us beside the peers; `-- --full` for all of them, `-- --guard` for none."""
-    install_wheels(session, "ds-model", "ds-train[plot]")
+    """Time us beside the peers; `-- --full` for all of them, `-- --guard` for none.
+
+    `-- --serving` times servers under load instead, as the session `serving` does.
+    """
+    install_wheels(session, "ds-model", "ds-train[plot]", "ds-serve")
     # Each peer gets an environment of its own beside this session's, and keeps it.
     peers = str(Path(session.virtualenv.location).parent)
-    session.run("python", "-m", "bench", "--environments", peers, *session.posargs, env=QUIET)
+    words = [word for word in session.posargs if word != "--serving"]
+    module = "bench.serving" if len(words) < len(session.posargs) else "bench"
+    session.run("python", "-m", module, "--environments", peers, *words, env=QUIET)
+
+
+@nox.session
+def serving(session: nox.Session) -> None:
+    """Time servers under load beside the peers, and our engine beside itself (an hour)."""
+    install_wheels(session, "ds-train[plot]", "ds-serve")
+    peers = str(Path(session.virtualenv.location).parent)
+    words = ["--environments", peers, *session.posargs]
+    session.run("python", "-m", "bench.serving", *words, env=QUIET)
 
 
 @nox.session

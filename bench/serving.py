@@ -2,19 +2,20 @@
 
 `python -m bench.serving` writes docs/assets/serving.json, the plot and the figures in
 docs/phases/6-serving.md. Parts, each kept when it is done: `peers` (streams at 1, 8, 32 and 128
-clients beside vLLM, llama-server and plain `generate`), `engine` (continuous batching, prefix reuse,
-what the engine adds to a step), `drafts` (on a trained `mini`), `endurance` (10,000 requests).
+clients beside vLLM, llama-server and plain `generate`), `engine` (continuous batching, prefix
+reuse, what the engine adds to a step), `drafts` (on a trained `mini`), `endurance` (10,000
+requests).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,13 @@ def one_server(recipe: Recipe, kept: Kept, clients: tuple[int, ...], seed: int) 
         kept.memory.append(server.memory())
 
 
-def peers(found: Found, precision: Precision, environments: Path, clients: tuple[int, ...]) -> None:
+def peers(
+    found: Found,
+    precision: Precision,
+    environments: Path,
+    clients: tuple[int, ...],
+    keep: Callable[[], None],
+) -> None:
     """Measure all servers at one precision, in turn, the order turned round each time."""
     model = WORK / "bench"
     write_model(model)
@@ -161,6 +168,7 @@ def peers(found: Found, precision: Precision, environments: Path, clients: tuple
             except PeerError as error:
                 found.missing.append(f"{name}, {precision}: {error}")
         found.rounds[precision] = number + 1
+        keep()
     if GENERATE not in all_kept:
         try:
             all_kept[GENERATE] = generate(model, precision, environments, clients)
@@ -248,6 +256,30 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def measure(found: Found, given: argparse.Namespace, keep: Callable[[], None]) -> None:
+    """Measure what is missing."""
+    WORK.mkdir(parents=True, exist_ok=True)
+    found.machine = machine()
+    clients = tuple(int(word) for word in given.clients.split(","))
+    for part in given.parts.split(","):
+        if given.again:
+            setattr(found, part, {})
+        if part == "peers":
+            if given.again:
+                found.rounds, found.missing = {}, []
+            for precision in given.precisions.split(","):
+                peers(found, precision, given.environments.resolve(), clients, keep)
+                keep()
+        elif not getattr(found, part):
+            cases: dict[str, Callable[[], None]] = {
+                "engine": lambda: engine(found),
+                "drafts": lambda: drafts(found),
+                "endurance": lambda: endurance(found, given.requests),
+            }
+            cases[part]()
+        keep()
+
+
 def main() -> int:
     """Measure what is missing, write the page."""
     given = parser().parse_args()
@@ -260,25 +292,7 @@ def main() -> int:
         data.write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
     if not given.render:
-        WORK.mkdir(parents=True, exist_ok=True)
-        random.seed(0)
-        found.machine = machine()
-        clients = tuple(int(word) for word in given.clients.split(","))
-        for part in given.parts.split(","):
-            if given.again:
-                setattr(found, part, {})
-                if part == "peers":
-                    found.rounds, found.missing = {}, []
-            if part == "peers":
-                for precision in given.precisions.split(","):
-                    peers(found, precision, given.environments.resolve(), clients)
-                    keep()
-            elif not getattr(found, part):
-                if part == "endurance":
-                    endurance(found, given.requests)
-                else:
-                    {"engine": engine, "drafts": drafts}[part](found)
-            keep()
+        measure(found, given, keep)
     publish(found.model_dump(), given.out)
     return 0
 

@@ -1,4 +1,4 @@
-"""Our engine alone, each case in a process of its own: `python -m bench.serving_cases NAME JSON`."""
+"""Our engine alone, a case a process: `python -m bench.serving_cases NAME JSON`."""
 
 from __future__ import annotations
 
@@ -47,9 +47,7 @@ class Crowd:
 
             return listen
 
-        self.texts = [
-            Text(prompt, rules, listener(i)) for i, (prompt, rules) in enumerate(asked)
-        ]
+        self.texts = [Text(prompt, rules, listener(i)) for i, (prompt, rules) in enumerate(asked)]
         if at_once:
             self.engine.submit(self.texts)
         for text in self.texts:
@@ -115,8 +113,9 @@ def overhead(model: str, clients: int) -> dict[str, Any]:
     engine = started(lm, max_running=max(clients, 4), cache_tokens=clients * 1024 + 1024)
     steps: list[tuple[float, float]] = []
     engine.observers.append(
-        lambda report: report.read == clients
-        and steps.append((report.seconds, report.model_seconds))
+        lambda report: (
+            report.read == clients and steps.append((report.seconds, report.model_seconds))
+        )
     )
     crowd = Crowd(engine)
     crowd.run([(prompt, Rules(NEW)) for prompt in prompts(lm, clients)])

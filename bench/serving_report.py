@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from bench.marks import replaced
+from ds_serve.capacity import published
 
 OURS, VLLM, LLAMA, GENERATE = "ours", "vLLM", "llama-server", "transformers"
 GIB = 2**30
@@ -28,6 +29,19 @@ def publish(found: dict[str, Any], out: Path) -> None:
             figures
         )
     page.write_text(replaced(text, figures), encoding="utf-8")
+    other = out / "how-to" / "deploy.md"
+    text = replaced(other.read_text(encoding="utf-8"), capacities(), of="capacity")
+    other.write_text(text, encoding="utf-8")
+
+
+def capacities() -> str:
+    """Return published figures beside the plan of a service."""
+    lines = ["| tokens/s a node | published | planned | error | source |", "|---|---|---|---|---|"]
+    for run in published():
+        error = f"{100 * run.error:+.0f}%" + (", fitted" if run.fitted else "")
+        cells = [run.what, f"{run.value:,.0f}", f"{run.planned:,.0f}", error, run.source]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def crowds(found: dict[str, Any]) -> str:
@@ -56,47 +70,55 @@ def crowds(found: dict[str, Any]) -> str:
 
 def goals(found: dict[str, Any]) -> str:
     """Return what was aimed at, and what came of it."""
-    rows = []
+    rows: list[tuple[str, str, bool]] = []
     for precision, servers in found["peers"].items():
-        if OURS not in servers:
-            continue
-        for count, (peer, factor) in SPEED_GOALS.items():
-            mine = _crowd(servers[OURS], count)
-            theirs = _crowd(servers.get(peer), count)
-            if mine and theirs and mine["speed"] and theirs["speed"]:
-                ratio = _mid(mine["speed"]) / _mid(theirs["speed"])
-                rows.append((f"{precision}, {count} clients: tokens/s, {factor} of {peer}",
-                             f"{ratio:.2f}", ratio >= factor))  # fmt: skip
-            other = _crowd(servers.get(VLLM), count)
-            if mine and other and mine["first"] and other["first"]:
-                ratio = _mid(mine["first"]) / _mid(other["first"])
-                rows.append((f"{precision}, {count} clients: first token not above vLLM's",
-                             f"{ratio:.2f} of it", ratio <= 1))  # fmt: skip
-        theirs = servers.get(VLLM)
-        if theirs and theirs["memory"]:
-            ratio = _mid(servers[OURS]["memory"]) / _mid(theirs["memory"])
-            rows.append((f"{precision}: memory, a third of vLLM's",
-                         f"{_mid(servers[OURS]['memory']) / GIB:.1f} of "
-                         f"{_mid(theirs['memory']) / GIB:.1f} GiB", ratio <= 1 / 3))  # fmt: skip
-            ratio = _mid(servers[OURS]["start_seconds"]) / _mid(theirs["start_seconds"])
-            rows.append((f"{precision}: start-up, a tenth of vLLM's",
-                         f"{_mid(servers[OURS]['start_seconds']):.1f} of "
-                         f"{_mid(theirs['start_seconds']):.1f} s", ratio <= 0.1))  # fmt: skip
+        if OURS in servers:
+            rows += _beside_peers(precision, servers)
     engine = found["engine"]
     if engine:
         prefix = engine["prefix"]
         gain = prefix["cold"] / prefix["warm"]
-        rows.append((f"first token, {prefix['shared']} shared tokens: 10 times sooner",
-                     f"{gain:.1f} times", gain >= 10))  # fmt: skip
+        goal = f"first token, {prefix['shared']} shared tokens: 10 times sooner"
+        rows.append((goal, f"{gain:.1f} times", gain >= 10))
         for case in engine["overhead"]:
             more = case["step"] / case["bare"] - 1
-            rows.append((f"a step of {case['clients']} clients: below 10% above the bare graph",
-                         f"{100 * more:.0f}%", more < 0.1))  # fmt: skip
+            goal = f"a step of {case['clients']} clients: below 10% above the bare graph"
+            rows.append((goal, f"{100 * more:.0f}%", more < 0.1))
     if not rows:
         return ""
     lines = ["| goal | measured | |", "|---|---|---|"]
     lines += [f"| {goal} | {value} | {'met' if met else 'missed'} |" for goal, value, met in rows]
     return "\n".join(lines)
+
+
+def _beside_peers(precision: str, servers: dict[str, Any]) -> list[tuple[str, str, bool]]:
+    """Return the goals that name another server."""
+    rows = []
+    mine, theirs = servers[OURS], servers.get(VLLM)
+    for count, (peer, factor) in SPEED_GOALS.items():
+        ratio = _ratio(mine, servers.get(peer), count, "speed")
+        if ratio:
+            goal = f"{precision}, {count} clients: tokens/s, {factor} of {peer}"
+            rows.append((goal, f"{ratio:.2f}", ratio >= factor))
+        ratio = _ratio(mine, theirs, count, "first")
+        if ratio:
+            goal = f"{precision}, {count} clients: first token not above vLLM's"
+            rows.append((goal, f"{ratio:.2f} of it", ratio <= 1))
+    if theirs and theirs["memory"]:
+        held, other = _mid(mine["memory"]) / GIB, _mid(theirs["memory"]) / GIB
+        goal = f"{precision}: memory, a third of vLLM's"
+        rows.append((goal, f"{held:.1f} of {other:.1f} GiB", held <= other / 3))
+        start, other = _mid(mine["start_seconds"]), _mid(theirs["start_seconds"])
+        goal = f"{precision}: start-up, a tenth of vLLM's"
+        rows.append((goal, f"{start:.1f} of {other:.1f} s", start <= other / 10))
+    return rows
+
+
+def _ratio(mine: dict[str, Any], theirs: dict[str, Any] | None, count: int, key: str) -> float:
+    one, other = _crowd(mine, count), _crowd(theirs, count)
+    if not (one and other and one[key] and other[key]):
+        return 0.0
+    return _mid(one[key]) / _mid(other[key])
 
 
 def alone(found: dict[str, Any]) -> str:
@@ -105,15 +127,21 @@ def alone(found: dict[str, Any]) -> str:
     if not engine:
         return ""
     both, prefix = engine["together"], engine["prefix"]
-    lines = [
-        "| preset `bench`, BF16 | without | with |",
-        "|---|---|---|",
-        f"| {both['clients']} clients share steps, tokens/s | {both['in turn']:.0f} | "
-        f"{both['together']:.0f} |",
-        f"| {prefix['shared']} tokens of the prompt in the cache, first token | "
-        f"{1000 * prefix['cold']:.0f} ms | {1000 * prefix['warm']:.1f} ms |",
+    rows = [
+        ("preset `bench`, BF16", "without", "with"),
+        ("---", "---", "---"),
+        (
+            f"{both['clients']} clients share steps, tokens/s",
+            f"{both['in turn']:.0f}",
+            f"{both['together']:.0f}",
+        ),
+        (
+            f"{prefix['shared']} tokens of the prompt in the cache, first token",
+            f"{1000 * prefix['cold']:.0f} ms",
+            f"{1000 * prefix['warm']:.1f} ms",
+        ),
     ]
-    return "\n".join(lines)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def drafted(found: dict[str, Any]) -> str:
@@ -121,7 +149,7 @@ def drafted(found: dict[str, Any]) -> str:
     if not found["drafts"]:
         return ""
     lines = [
-        "| `mini`, trained, float32 | drafts accepted | tokens/s without | with | ratio | same text |",
+        "| `mini`, trained, float32 | accepted | tokens/s without | with | ratio | same text |",
         "|---|---|---|---|---|---|",
     ]
     for clients, case in found["drafts"].items():

@@ -2,8 +2,8 @@
 
 `python -m bench.workers.convert_gguf LLAMA_CPP_SOURCE MODEL OUT TYPE [tokenizer]`, run where torch
 and transformers are. Without the last word the file has no tokenizer: most benchmarks feed token
-numbers. The converter knows only tokenizers that were published, so ours passes for one of them; how
-text is cut into words differs then, which nothing here depends on.
+numbers. The converter knows only tokenizers that were published, so ours passes for one of them;
+how text is cut into words differs then, which nothing here depends on.
 """
 
 from __future__ import annotations

@@ -130,3 +130,41 @@ def test_help_lists_both_commands():
     assert result.exit_code == 0
     assert "serve" in result.stdout
     assert "chat" in result.stdout
+
+
+def test_export_writes_a_saved_model(saved, tmp_path):
+    result = run("export", saved, tmp_path / "out")
+    assert result.exit_code == 0
+    assert "signatures prefill and decode" in result.stdout
+    assert (tmp_path / "out" / "saved_model.pb").exists()
+    again = run("export", saved, tmp_path / "out")
+    assert (again.exit_code, again.stderr.count("\n")) == (2, 1)
+    assert "has files in it" in again.stderr
+    wrong = run("export", saved, tmp_path / "other", "--dtype", "float64")
+    assert "--dtype is float64; it must be float32 or bfloat16" in wrong.stderr
+    missing = run("export", tmp_path / "none", tmp_path / "other")
+    assert "is not a directory" in missing.stderr
+
+
+def test_capacity_plans_and_checks():
+    planned = json.loads(run("capacity", "--json").stdout)
+    assert planned["prefill_nodes"] % 4 == planned["decode_nodes"] % 18 == 0
+    assert "nodes of 8" in run("capacity").stdout
+    checked = json.loads(run("capacity", "--check", "--json").stdout)
+    assert {entry["value"] for entry in checked} >= {73_700, 14_800}
+    assert "fitted" in run("capacity", "--check").stdout
+    assert "--device is X; known are" in run("capacity", "--device", "X").stderr
+    impossible = run("capacity", "--speed", 1000)
+    assert (impossible.exit_code, impossible.stderr.count("\n")) == (2, 1)
+
+
+def test_keys_and_certificates_that_are_wrong_are_one_line(saved, tmp_path):
+    keys = tmp_path / "keys.toml"
+    keys.write_text("nothing")
+    wrong = run("serve", saved, "--port", 0, "--api-keys", keys)
+    assert (wrong.exit_code, wrong.stderr.count("\n")) == (2, 1)
+    assert "keys.toml" in wrong.stderr
+    half = run("serve", saved, "--port", 0, "--tls-cert", keys)
+    assert "--tls-cert and --tls-key belong together" in half.stderr
+    small = run("serve", saved, "--port", 0, "--cache-tokens", 4)
+    assert "cache_tokens is 4; a block has 32" in small.stderr

@@ -1,7 +1,7 @@
 """Number formats and the matrix products of DeepSeek-V3."""
 
 from ds_precision.block_scaling import BlockScaled, dequantize_blocks, quantize_blocks
-from ds_precision.choice import traced_for_xla, use_kernels
+from ds_precision.choice import stock_operations, traced_for_xla, use_kernels
 from ds_precision.deferred import (
     WeightGradients,
     defer_weight_gradients,
@@ -85,6 +85,7 @@ __all__ = [
     "quantize_blocks",
     "quantize_weights",
     "replace_weights",
+    "stock_operations",
     "takes_any_mode",
     "to_ue8m0",
     "traced_for_xla",

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import tensorflow as tf
 from tensorflow.python.framework import ops
 from tensorflow.python.ops import control_flow_util
@@ -9,6 +13,7 @@ from tensorflow.python.ops import control_flow_util
 from ds_precision.kernels import kernels
 
 TYPES = (tf.float32, tf.bfloat16)
+_stock: ContextVar[bool] = ContextVar("stock", default=False)
 
 
 def use_kernels(*tensors: tf.Tensor) -> bool:
@@ -22,9 +27,20 @@ def use_kernels(*tensors: tf.Tensor) -> bool:
     """
     return (
         all(tensor.dtype in TYPES for tensor in tensors)
+        and not _stock.get()
         and not traced_for_xla()
         and kernels() is not None
     )
+
+
+@contextmanager
+def stock_operations() -> Iterator[None]:
+    """Trace what follows with TensorFlow's own operations alone: for graphs that leave here."""
+    token = _stock.set(True)
+    try:
+        yield
+    finally:
+        _stock.reset(token)
 
 
 def traced_for_xla() -> bool:

@@ -10,7 +10,7 @@ import socket
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 import uvicorn
@@ -19,6 +19,7 @@ from rich.progress import Progress
 
 from ds_serve.chat import Chat, talk
 from ds_serve.logs import log_config
+from ds_serve.offline import BAD_INPUT, capacity, export, fail
 from ds_serve.writing import Options
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from ds_serve.api.keys import Keys
     from ds_serve.engine import Engine
 
-BAD_INPUT = 2
 SIZES, LIMITS, OUTSIDE = "How much at once", "Who may ask for what", "To the outside"
 
 
@@ -49,7 +49,7 @@ class LogKind(StrEnum):
 
 
 app = typer.Typer(
-    help="Serve a DeepSeek-V3 over HTTP, or chat with it here.",
+    help="Serve a DeepSeek-V3 over HTTP, chat with it here, export it, plan a service.",
     no_args_is_help=True,
     rich_markup_mode="rich",
 )
@@ -161,12 +161,12 @@ def serve(
     Without a chat template in DIR (a base model) only /v1/completions answers.
     """
     if (tls_cert is None) != (tls_key is None):
-        _fail("--tls-cert and --tls-key belong together; give both, or neither")
+        fail("--tls-cert and --tls-key belong together; give both, or neither")
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family)
     except OSError as error:
-        _fail(f"can't listen at {host} port {port}: {error.strerror or error}")
+        fail(f"can't listen at {host} port {port}: {error.strerror or error}")
     with listener:
         try:
             keys = None if api_keys is None else _keys(api_keys)
@@ -190,7 +190,7 @@ def serve(
                 model, tokenizer, name, limits, keys=keys, tracing=tracing, engine=engine
             )
         except ValueError as error:  # of which ds_model's errors are kinds
-            _fail(f"{directory}: {error}")
+            fail(f"{directory}: {error}")
         _warm_up(engine)
         address = f"[{host}]" if ":" in host else host
         scheme = "http" if tls_cert is None else "https"
@@ -227,7 +227,6 @@ def _run(
     config = uvicorn.Config(
         served,
         access_log=False,
-        loop="uvloop",
         log_config=log_config(log.value, quiet=quiet),
         timeout_graceful_shutdown=math.ceil(grace),
         ssl_certfile=tls_cert,
@@ -244,7 +243,7 @@ def _run(
     try:
         server.run(sockets=[listener])
     except OSError as error:  # a certificate that can't be read
-        _fail(f"can't serve HTTPS with {tls_cert} and {tls_key}: {error.strerror or error}")
+        fail(f"can't serve HTTPS with {tls_cert} and {tls_key}: {error.strerror or error}")
     except KeyboardInterrupt:
         # uvicorn has shut down and passes Ctrl-C on.
         raise typer.Exit from None
@@ -277,12 +276,12 @@ def chat(
     Reads lines from a pipe too: each line is a message.
     """
     if not 0 < top_p <= 1:
-        _fail(f"--top-p is {top_p}; it must be above 0 and at most 1")
+        fail(f"--top-p is {top_p}; it must be above 0 and at most 1")
     if raw and system is not None:
-        _fail("--system needs a conversation; leave out --raw")
+        fail("--system needs a conversation; leave out --raw")
     tokenizer = _load_tokenizer(directory)
     if tokenizer.chat_template is None and not raw:
-        _fail(
+        fail(
             f"{directory} has no chat template: it is a base model, which continues text. Use "
             "--raw, or put a chat_template into its tokenizer_config.json"
         )
@@ -297,14 +296,14 @@ def chat(
 
 def _load_tokenizer(directory: Path) -> Tokenizer:
     if not directory.is_dir():
-        _fail(f"{directory} is not a directory; give one with config.json and safetensors")
+        fail(f"{directory} is not a directory; give one with config.json and safetensors")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from ds_model import Tokenizer  # noqa: PLC0415 - see above
 
     try:
         return Tokenizer.from_pretrained(directory)
     except ValueError as error:  # of which ds_model's errors are kinds
-        _fail(str(error))
+        fail(str(error))
 
 
 def _load_model(directory: Path, dtype: str, quantize: str | None = None) -> CausalLM:
@@ -315,7 +314,7 @@ def _load_model(directory: Path, dtype: str, quantize: str | None = None) -> Cau
         try:
             return CausalLM.from_pretrained(directory, quantize=quantize, dtype=policy)
         except ValueError as error:  # of which ds_model's errors are kinds
-            _fail(str(error))
+            fail(str(error))
 
 
 def _warm_up(engine: Engine) -> None:
@@ -334,12 +333,11 @@ def _keys(path: Path) -> Keys:
     try:
         return Keys.from_file(path)
     except ValueError as error:
-        _fail(str(error))
+        fail(str(error))
 
 
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"ds-serve: {' '.join(message.split())}", err=True)
-    raise typer.Exit(BAD_INPUT)
+app.command()(export)
+app.command()(capacity)
 
 
 def main() -> None:
