@@ -82,15 +82,15 @@ class DecoderBlock(RestoresPolicy, keras.layers.Layer):
         Args:
             h: `[B, S, D]`.
             window: where the tokens lie.
-            recompute: make parts of attention again in the backward pass; see
-                `MultiHeadLatentAttention.recomputed`.
+            recompute: make norms and parts of attention again in the backward pass; see
+                `MultiHeadLatentAttention.recomputed` and `MixtureOfExperts.recomputed`.
         """
         norm, mask = self.input_layernorm, window.attention_mask
         if recompute and isinstance(mask, CausalMask):
             attended = self.self_attn.recomputed(h, norm, window.positions, mask)
         else:
             attended = self.self_attn(norm(h), window.positions, mask)
-        return self._feed_forward(h + attended, window)
+        return self._feed_forward(h + attended, window, recompute)
 
     def step(
         self, h: tf.Tensor, window: Window, cache: LatentCache, absorb: bool
@@ -111,8 +111,16 @@ class DecoderBlock(RestoresPolicy, keras.layers.Layer):
         attended = self.self_attn.paged(self.input_layernorm(h), pool, pages)
         return self._feed_forward(h + attended, Window(pages.slots, pages.slots))
 
-    def _feed_forward(self, h: tf.Tensor, window: Window) -> tuple[tf.Tensor, Routing | None]:
-        normed = self.post_attention_layernorm(h)
+    def _feed_forward(
+        self, h: tf.Tensor, window: Window, recompute: bool = False
+    ) -> tuple[tf.Tensor, Routing | None]:
+        norm = self.post_attention_layernorm
+        if recompute and not self.moe:
+            return h + self.mlp.recomputed(h, norm), None
+        if recompute:
+            y, routing = self.mlp.recomputed(h, norm, window.token_mask)
+            return h + y, routing
+        normed = norm(h)
         if not self.moe:
             return h + self.mlp(normed), None
         y, routing = self.mlp(normed, window.token_mask)

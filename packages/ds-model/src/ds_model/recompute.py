@@ -1,8 +1,8 @@
 """What a block keeps for its backward pass, and what it computes again instead.
 
 Gradient checkpointing (arXiv 1604.06174). DeepSeek-V3 recomputes the RMSNorms and the latents'
-up-projections alone (arXiv 2412.19437, section 3.2.3): that is "parts", but for the norm before the
-feed-forward, whose result the experts' operation keeps. SwiGLU is made again by that in any case.
+up-projections alone (arXiv 2412.19437, section 3.2.3): that is "parts". SwiGLU is made again by the
+experts' operation in any case.
 """
 
 from __future__ import annotations

@@ -17,7 +17,14 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from ds_precision import QuantizedWeights, fused_experts, matmul, traced_for_xla, use_kernels
+from ds_precision import (
+    ExpertsDone,
+    QuantizedWeights,
+    fused_experts,
+    matmul,
+    traced_for_xla,
+    use_kernels,
+)
 
 LARGEST_BLOCK = 128
 
@@ -34,6 +41,7 @@ def run_experts(
     gates: tf.Tensor,
     gate_up: tf.Tensor | QuantizedWeights,
     down: tf.Tensor | QuantizedWeights,
+    done: ExpertsDone | None = None,
 ) -> tf.Tensor:
     """Sum the chosen experts' outputs, by the program that fits where this is traced.
 
@@ -43,13 +51,14 @@ def run_experts(
         gates: `[T, K]`, floating.
         gate_up: `[E, D, 2I]`, gate first; of any float type, or small.
         down: `[E, I, D]`, of the type of `gate_up`.
+        done: of equal operands, by `experts_done`, where compiled operations run.
 
     Returns:
         `[T, D]` in the type of `x`.
     """
     small = isinstance(gate_up, QuantizedWeights)
     if use_kernels(x) if small else use_kernels(x, gate_up, down):
-        return fused_experts(x, indices, gates, gate_up, down)
+        return fused_experts(x, indices, gates, gate_up, down, done)
     if small:
         gate_up, down = gate_up.dequantize(), down.dequantize()
     run = blocked_experts if traced_for_xla() else sorted_experts

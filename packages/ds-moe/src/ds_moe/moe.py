@@ -5,6 +5,7 @@ Shape letters: B batch, S sequence, T tokens, D hidden_size, I moe_intermediate_
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -22,10 +23,12 @@ from ds_precision import (
     RestoresPolicy,
     check_mode,
     deferred_weight_gradients,
+    experts_done,
     fp8_recipe,
     quantize_weights,
     replace_weights,
     takes_any_mode,
+    use_kernels,
 )
 
 
@@ -149,6 +152,50 @@ class MixtureOfExperts(RestoresPolicy, keras.layers.Layer):
         if self.shared_experts is not None:
             y += self.shared_experts(x)
         return tf.ensure_shape(y, x.shape), routing
+
+    def recomputed(
+        self,
+        h: tf.Tensor,
+        norm: Callable[[tf.Tensor], tf.Tensor],
+        token_mask: tf.Tensor | None = None,
+    ) -> tuple[tf.Tensor, Routing]:
+        """Return `self(norm(h), token_mask)`, and don't hold what the norm gave: it is made again.
+
+        So are the router's scores. Where experts are not one compiled operation, they would have to
+        run again as well; then nothing does.
+
+        Args:
+            h: `[B, S, hidden_size]`.
+            norm: what it passes first.
+            token_mask: as for `call`.
+        """
+        shared = self.shared_experts
+        plain = fp8_recipe(self.dtype_policy) is None and deferred_weight_gradients() is None
+        whole = self._ranks is None and self.gate_up_proj is not None
+        if not (plain and whole and use_kernels(h)):
+            return self(norm(h), token_mask)
+        mask_T = None if token_mask is None else tf.reshape(token_mask, [-1])
+
+        def routed(h: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, Routing]:
+            x = norm(h)
+            x_TD = tf.reshape(x, [-1, self.config.hidden_size])
+            return x, x_TD, self.gate(x_TD, mask_T)
+
+        x, x_TD, first = routed(tf.stop_gradient(h))
+        done = experts_done(x_TD, first.indices, first.gates, *self._experts())
+        shared_done = None if shared is None else shared.done(x)
+
+        @tf.recompute_grad
+        def again(h: tf.Tensor) -> tuple[tf.Tensor, ...]:
+            x, x_TD, routing = routed(h)
+            y = run_experts(x_TD, routing.indices, routing.gates, *self._experts(), done)
+            y = tf.reshape(y, tf.shape(x))
+            if shared is not None:
+                y += shared(x, done=shared_done)
+            return tf.ensure_shape(y, h.shape), *routing
+
+        y, *routing = again(h)
+        return y, Routing(*routing)
 
     def _run(self, x: tf.Tensor, indices: tf.Tensor, gates: tf.Tensor) -> tf.Tensor:
         """Run rows through the experts that are here."""

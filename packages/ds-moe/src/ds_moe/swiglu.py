@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -9,10 +10,12 @@ import tensorflow as tf
 
 from ds_moe.experts import swiglu
 from ds_precision import (
+    ExpertsDone,
     Linear,
     QuantizedWeights,
     RestoresPolicy,
     deferred_weight_gradients,
+    experts_done,
     fp8_recipe,
     fused_experts,
     use_kernels,
@@ -59,14 +62,46 @@ class SwiGLU(RestoresPolicy, keras.layers.Layer):
         self.gate_up_proj.build((None, self.hidden_size))
         self.down_proj.build((None, self.intermediate_size))
 
-    def call(self, x: tf.Tensor) -> tf.Tensor:
-        """Map `[..., hidden_size]` to the same shape."""
-        apart = self._trains_in_fp8 or deferred_weight_gradients() is not None
-        if apart or not use_kernels(x):
+    def call(self, x: tf.Tensor, done: ExpertsDone | None = None) -> tf.Tensor:
+        """Map `[..., hidden_size]` to the same shape.
+
+        Args:
+            x: `[..., hidden_size]`.
+            done: of an equal input, by `done`: nothing is computed again.
+        """
+        if not self.one_operation(x):
             return self.down_proj(swiglu(self.gate_up_proj(x)))
-        # One expert that every token chooses.
-        return fused_experts(
-            x,
+        return fused_experts(x, *self._as_expert(), done=done)
+
+    def one_operation(self, x: tf.Tensor) -> bool:
+        """Say whether one compiled operation does all of it here."""
+        return (
+            not self._trains_in_fp8 and deferred_weight_gradients() is None and use_kernels(x)
+        )
+
+    def done(self, x: tf.Tensor) -> ExpertsDone:
+        """Return what the backward pass needs beside `x`, which can be made again; no gradient."""
+        return experts_done(x, *self._as_expert())
+
+    def recomputed(self, h: tf.Tensor, norm: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
+        """Return `self(norm(h))`, and don't hold what the norm gave: it is made again.
+
+        Where this is not one compiled operation, that would take all of it to be done again; then
+        nothing is.
+        """
+        if not self.one_operation(h) or self.down_proj.kernel is None:
+            return self(norm(h))
+        done = self.done(norm(tf.stop_gradient(h)))
+
+        @tf.recompute_grad
+        def again(h: tf.Tensor) -> tf.Tensor:
+            return self(norm(h), done=done)
+
+        return again(h)
+
+    def _as_expert(self) -> tuple[Any, ...]:
+        """Return the operands of one expert that every token chooses."""
+        return (
             tf.zeros([0, 1], tf.int32),
             tf.zeros([0, 1]),
             _stacked(self.gate_up_proj.weights_to_multiply),

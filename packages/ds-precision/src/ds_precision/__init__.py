@@ -36,7 +36,14 @@ from ds_precision.fused import (
 )
 from ds_precision.latent_attention import fused_latent_attention, fused_paged_attention
 from ds_precision.linear import Linear, matmul
-from ds_precision.products import AttentionDone, attention_done, fused_attention, fused_experts
+from ds_precision.products import (
+    AttentionDone,
+    ExpertsDone,
+    attention_done,
+    experts_done,
+    fused_attention,
+    fused_experts,
+)
 from ds_precision.routing import fused_routing
 from ds_precision.weight_only import (
     MODES,
@@ -55,6 +62,7 @@ __all__ = [
     "AdamWUpdate",
     "AttentionDone",
     "BlockScaled",
+    "ExpertsDone",
     "Format",
     "Fp8Policy",
     "Fp8Recipe",
@@ -68,6 +76,7 @@ __all__ = [
     "defer_weight_gradients",
     "deferred_weight_gradients",
     "dequantize_blocks",
+    "experts_done",
     "fp8_matmul",
     "fp8_recipe",
     "from_ue8m0",

@@ -58,6 +58,7 @@ def fused_experts(
     gates: tf.Tensor,
     gate_up: tf.Tensor | QuantizedWeights,
     down: tf.Tensor | QuantizedWeights,
+    done: ExpertsDone | None = None,
 ) -> tf.Tensor:
     """Return `y_t = sum_k gate_tk * down_e(silu(gate_e x_t) * up_e x_t)` with `e = e_tk`.
 
@@ -69,6 +70,8 @@ def fused_experts(
         gates: `[T, K]` float32.
         gate_up: `[E, D, 2I]`, gate first; float32 or bfloat16, whatever `x` is, or small.
         down: `[E, I, D]`, of the type of `gate_up`.
+        done: what `experts_done` returned for equal operands: it is not computed once more, and
+            the backward pass starts from it.
 
     Returns:
         `[..., D]` in the type of `x`; summed in float32.
@@ -76,24 +79,69 @@ def fused_experts(
     Raises:
         tf.errors.InvalidArgumentError: an index is out of range, or sizes do not fit.
     """
+    if done is None:
+        return _experts(x, indices, gates, gate_up, down).y
+
+    @tf.custom_gradient
+    def summed(
+        x: tf.Tensor, gates: tf.Tensor, gate_up: tf.Tensor, down: tf.Tensor
+    ) -> tuple[tf.Tensor, Callable[[tf.Tensor], tuple[tf.Tensor, ...]]]:
+        def gradient(dy: tf.Tensor) -> tuple[tf.Tensor, ...]:
+            return _experts_gradients(x, gates, gate_up, down, done, dy)
+
+        return tf.identity(done.y), gradient
+
+    return summed(x, gates, gate_up, down)
+
+
+class ExpertsDone(NamedTuple):
+    """What the experts' backward pass needs beside their operands.
+
+    Attributes:
+        y: `[..., D]`: their result.
+        kept: `[T * K, 2I]`: what SwiGLU was applied to.
+        order: `[T * K]` int32: assignments by expert.
+        offsets: `[E + 1]` int32: where each expert's begin.
+    """
+
+    y: tf.Tensor
+    kept: tf.Tensor
+    order: tf.Tensor
+    offsets: tf.Tensor
+
+
+def experts_done(
+    x: tf.Tensor, indices: tf.Tensor, gates: tf.Tensor, gate_up: tf.Tensor, down: tf.Tensor
+) -> ExpertsDone:
+    """Run experts as `fused_experts` does; no gradient.
+
+    For whoever makes their input once more in the backward pass, but not what they give.
+    """
+    found = _experts(*map(tf.stop_gradient, (x, indices, gates, gate_up, down)))
+    return ExpertsDone(*map(tf.stop_gradient, found))
+
+
+def _experts(
+    x: tf.Tensor,
+    indices: tf.Tensor,
+    gates: tf.Tensor,
+    gate_up: tf.Tensor | QuantizedWeights,
+    down: tf.Tensor | QuantizedWeights,
+) -> ExpertsDone:
     up_values, up_scales = _parts(gate_up)
     down_values, down_scales = _parts(down)
-    y = (
-        operations()
-        .ds_experts(
-            x=x,
-            indices=indices,
-            gates=gates,
-            up=up_values,
-            up_scales=up_scales,
-            down=down_values,
-            down_scales=down_scales,
-            keep=True,
-        )
-        .y
+    found = operations().ds_experts(
+        x=x,
+        indices=indices,
+        gates=gates,
+        up=up_values,
+        up_scales=up_scales,
+        down=down_values,
+        down_scales=down_scales,
+        keep=True,
     )
-    y.set_shape(x.shape)
-    return y
+    found.y.set_shape(x.shape)
+    return ExpertsDone(*found)
 
 
 def _parts(weights: tf.Tensor | QuantizedWeights) -> tuple[tf.Tensor, tf.Tensor]:
@@ -120,19 +168,33 @@ def _matmul_gradient(op: tf.Operation, dy: tf.Tensor) -> list[tf.Tensor | None]:
 @tf.RegisterGradient("DsExperts")
 def _experts_gradient(op: tf.Operation, dy: tf.Tensor, *_: Any) -> list[tf.Tensor | None]:
     x, _indices, gates, gate_up, _s, down, _t = op.inputs
+    done = ExpertsDone(*op.outputs)
+    dx, dgates, dup, ddown = _experts_gradients(x, gates, gate_up, down, done, dy)
+    return [dx, None, dgates, dup, None, ddown, None]
+
+
+def _experts_gradients(
+    x: tf.Tensor,
+    gates: tf.Tensor,
+    gate_up: tf.Tensor,
+    down: tf.Tensor,
+    done: ExpertsDone,
+    dy: tf.Tensor,
+) -> tuple[tf.Tensor, ...]:
+    """Return the gradients of input, gates and both stacks."""
     found = operations().ds_experts_grad(
         x=x,
         gates=gates,
         up=gate_up,
         down=down,
-        kept=op.outputs[1],
-        order=op.outputs[2],
-        offsets=op.outputs[3],
+        kept=done.kept,
+        order=done.order,
+        offsets=done.offsets,
         dy=dy,
     )
     for gradient, operand in zip(found, (x, gates, gate_up, down), strict=True):
         gradient.set_shape(operand.shape)
-    return [tf.cast(found.dx, x.dtype), None, found.dgates, found.dup, None, found.ddown, None]
+    return tf.cast(found.dx, x.dtype), found.dgates, found.dup, found.ddown
 
 
 def fused_attention(

@@ -225,7 +225,9 @@ class _Step:
             inputs = states * c.hidden_size * self.size
             return Counter({"block inputs": inputs, "routing": found["routing"]})
         if self.recompute == "parts":
-            found["residuals and norms"] -= c.hidden_size * self.size + WIDE
+            found["residuals and norms"] -= 2 * (c.hidden_size * self.size + WIDE)
+            if moe and self.size < WIDE:
+                found["experts"] -= c.hidden_size * WIDE  # what the router reads
             latents = (c.q_lora_rank or 0) + c.kv_lora_rank + c.qk_rope_head_dim
             found["latents"] = latents * self.size
             found["queries, keys, values"] = 0
