@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ds_model import CausalLM, Tokenizer
-from ds_serve import Engine, EngineOptions, Rules, Text, Update
+from ds_serve import Engine, EngineOptions, Rules, StepReport, Text, Update
 from ds_train.data import hold_out, state_of_the_union
 from ds_train.quickstart import quickstart_config
 
@@ -92,7 +92,8 @@ def prefix(model: str, shared: int) -> dict[str, Any]:
     """Compare the time to a first token with and without a beginning that was read before."""
     lm = CausalLM.from_pretrained(model, dtype="bfloat16")
     crowd = Crowd(started(lm, max_running=4, cache_tokens=8 * (shared + 256)))
-    cold, warm = [], []
+    cold: list[float] = []
+    warm: list[float] = []
     for turn in range(5):
         (beginning,) = prompts(lm, 1, shared, seed=turn)
         for i, times in enumerate((cold, warm)):
@@ -112,11 +113,12 @@ def overhead(model: str, clients: int) -> dict[str, Any]:
     lm = CausalLM.from_pretrained(model, dtype="bfloat16")
     engine = started(lm, max_running=max(clients, 4), cache_tokens=clients * 1024 + 1024)
     steps: list[tuple[float, float]] = []
-    engine.observers.append(
-        lambda report: (
-            report.read == clients and steps.append((report.seconds, report.model_seconds))
-        )
-    )
+
+    def note(report: StepReport) -> None:
+        if report.read == clients:
+            steps.append((report.seconds, report.model_seconds))
+
+    engine.observers.append(note)
     crowd = Crowd(engine)
     crowd.run([(prompt, Rules(NEW)) for prompt in prompts(lm, clients)])
     inputs: list[Any] = []
@@ -128,7 +130,7 @@ def overhead(model: str, clients: int) -> dict[str, Any]:
         return run(plan)
 
     engine.steps.run = keep  # type: ignore[method-assign]
-    crowd.run([(prompt, Rules(8)) for prompt in prompts(lm, clients, seed=1)])
+    crowd.run([(prompt, Rules(64)) for prompt in prompts(lm, clients, seed=1)])
     engine.close()
     bare = []
     for _ in range(100):
@@ -250,7 +252,7 @@ def _resident() -> int:
         return int(file.read().split()[1]) * resource.getpagesize() // 2**20
 
 
-CASES = {
+CASES: dict[str, Callable[..., dict[str, Any]]] = {
     "together": together,
     "prefix": prefix,
     "overhead": overhead,
@@ -260,4 +262,5 @@ CASES = {
 
 
 if __name__ == "__main__":
-    print(json.dumps(CASES[sys.argv[1]](**json.loads(sys.argv[2]))))
+    case: Callable[..., dict[str, Any]] = CASES[sys.argv[1]]
+    print(json.dumps(case(**json.loads(sys.argv[2]))))

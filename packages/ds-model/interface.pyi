@@ -149,3 +149,9 @@ class Tokenizer:
 
 class TokenizerError(ValueError):
     ...
+
+class Window(NamedTuple):
+    positions: tf.Tensor
+    attention_mask: tf.Tensor | CausalMask
+    token_mask: tf.Tensor | None = ...
+    slots: tf.Tensor | None = ...

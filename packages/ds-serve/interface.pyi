@@ -63,6 +63,16 @@ class Rules:
     def changes_logits(self) -> bool: ...
     def __init__(self, max_tokens: int = 64, min_tokens: int = 0, repetition_penalty: float = 1.0, presence_penalty: float = 0.0, frequency_penalty: float = 0.0, logit_bias: Mapping[int, float] = dict(), temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int = (lambda: secrets.randbelow(2 ** 63))(), logprobs: int | None = None, ends: frozenset[int] = frozenset(), draft: bool = True, hidden: bool = False, experts: bool = False) -> None: ...
 
+class StepReport:
+    seconds: float
+    model_seconds: float
+    read: int
+    written: int
+    drafts: int
+    accepted: int
+    experts: np.ndarray
+    def __init__(self, seconds: float, model_seconds: float, read: int, written: int, drafts: int, accepted: int, experts: np.ndarray) -> None: ...
+
 class Text:
     prompt: Sequence[int]
     rules: Rules

@@ -1,5 +1,6 @@
 """DeepSeek-V3 as a Keras model that reads and writes the released layout."""
 
+from ds_model.block import Window
 from ds_model.causal_lm import CausalLM, ModelOutput
 from ds_model.config import ModelConfig
 from ds_model.errors import CheckpointError, ConfigError, TokenizerError
@@ -23,6 +24,7 @@ __all__ = [
     "Recompute",
     "Tokenizer",
     "TokenizerError",
+    "Window",
     "draft_pages",
     "parameter_counts",
     "parameters_by_part",

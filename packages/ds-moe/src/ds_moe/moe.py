@@ -188,7 +188,8 @@ class MixtureOfExperts(RestoresPolicy, keras.layers.Layer):
         @tf.recompute_grad
         def again(h: tf.Tensor) -> tuple[tf.Tensor, ...]:
             x, x_TD, routing = routed(h)
-            y = run_experts(x_TD, routing.indices, routing.gates, *self._experts(), done)
+            gate_up, down = self._experts()
+            y = run_experts(x_TD, routing.indices, routing.gates, gate_up, down, done)
             y = tf.reshape(y, tf.shape(x))
             if shared is not None:
                 y += shared(x, done=shared_done)

@@ -74,20 +74,18 @@ class SwiGLU(RestoresPolicy, keras.layers.Layer):
         return fused_experts(x, *self._as_expert(), done=done)
 
     def one_operation(self, x: tf.Tensor) -> bool:
-        """Say whether one compiled operation does all of it here."""
-        return (
-            not self._trains_in_fp8 and deferred_weight_gradients() is None and use_kernels(x)
-        )
+        """Say whether one compiled operation does all of it for `x [..., D]` here."""
+        return not self._trains_in_fp8 and deferred_weight_gradients() is None and use_kernels(x)
 
     def done(self, x: tf.Tensor) -> ExpertsDone:
-        """Return what the backward pass needs beside `x`, which can be made again; no gradient."""
+        """Return what the backward pass needs beside `x [..., D]`, which can be made again."""
         return experts_done(x, *self._as_expert())
 
     def recomputed(self, h: tf.Tensor, norm: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
-        """Return `self(norm(h))`, and don't hold what the norm gave: it is made again.
+        """Return `self(norm(h))` of `h [..., D]`, and don't hold what the norm gave.
 
-        Where this is not one compiled operation, that would take all of it to be done again; then
-        nothing is.
+        That is made again. Where this is not one compiled operation, all of it would have to be
+        done again; then nothing is.
         """
         if not self.one_operation(h) or self.down_proj.kernel is None:
             return self(norm(h))
@@ -99,7 +97,7 @@ class SwiGLU(RestoresPolicy, keras.layers.Layer):
 
         return again(h)
 
-    def _as_expert(self) -> tuple[Any, ...]:
+    def _as_expert(self) -> tuple[Any, Any, Any, Any]:
         """Return the operands of one expert that every token chooses."""
         return (
             tf.zeros([0, 1], tf.int32),

@@ -115,7 +115,7 @@ def experts_done(
 ) -> ExpertsDone:
     """Run experts as `fused_experts` does; no gradient.
 
-    For whoever makes their input once more in the backward pass, but not what they give.
+    For whoever makes their input `[..., D]` once more in the backward pass, but not what they give.
     """
     found = _experts(*map(tf.stop_gradient, (x, indices, gates, gate_up, down)))
     return ExpertsDone(*map(tf.stop_gradient, found))

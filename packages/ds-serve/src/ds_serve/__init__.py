@@ -3,7 +3,7 @@
 from ds_serve.api.app import create_app
 from ds_serve.api.keys import Keys
 from ds_serve.api.limits import Limits
-from ds_serve.engine import Engine, EngineOptions, Rules, Text, Token, Update
+from ds_serve.engine import Engine, EngineOptions, Rules, StepReport, Text, Token, Update
 
 __all__ = [
     "Engine",
@@ -11,6 +11,7 @@ __all__ = [
     "Keys",
     "Limits",
     "Rules",
+    "StepReport",
     "Text",
     "Token",
     "Update",

@@ -23,9 +23,28 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ds_model import ModelConfig
 
+__all__ = [
+    "DECODE_UNIT",
+    "DEVICES",
+    "PREFILL_UNIT",
+    "Demand",
+    "Deployment",
+    "Device",
+    "Published",
+    "Times",
+    "Unit",
+    "decode_speed",
+    "decode_times",
+    "deploy",
+    "largest_batch",
+    "prefill_speed",
+    "prefill_times",
+    "published",
+]
+
 GPUS = 8  # of a node
 CACHE_BYTES = 2  # of a number in the latent cache
-PREFILL_EFFICIENCY, DECODE_EFFICIENCY = 0.81, 0.72
+PREFILL_EFFICIENCY, DECODE_EFFICIENCY = 0.764, 0.718
 ROOM = 0.9  # of a GPU's memory, for weights and cache
 
 
@@ -58,6 +77,7 @@ DEVICES = {
         Device("H200", 1979e12, 4.8e12, 141e9, 50e9, 2.5),
     )
 }
+"""GPUs by name, with figures from their data sheets."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +93,10 @@ class Unit:
     copies: int = 32
 
 
-PREFILL_UNIT, DECODE_UNIT = Unit(4), Unit(18)
+PREFILL_UNIT = Unit(4)
+"""V3's: 32 GPUs."""
+DECODE_UNIT = Unit(18)
+"""V3's: 144 GPUs."""
 
 
 @dataclass(frozen=True)

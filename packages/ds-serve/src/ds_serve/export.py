@@ -7,6 +7,8 @@ Two signatures, both without a state of their own; the caller keeps the cache:
 - `decode(token [B] int32, lengths [B] int32, cache)` reads one more token of each, which becomes
   number `lengths`, and gives `logits [B, V]` and the cache with it.
 
+The cache is that of arXiv 2405.04434, section 2.1.
+
 Letters: B rows, S prompt, V vocabulary, N layers, C + R numbers of a token in the cache.
 """
 
@@ -20,11 +22,13 @@ import keras
 import tensorflow as tf
 
 from ds_attention import CausalMask, LatentCache
-from ds_model.block import Window
+from ds_model import Window
 from ds_precision import stock_operations
 
 if TYPE_CHECKING:
     from ds_model import CausalLM
+
+__all__ = ["export_saved_model"]
 
 
 def export_saved_model(model: CausalLM, directory: Path | str) -> None:
