@@ -43,7 +43,7 @@ def manifests():
             yield pytest.param(document, id=f"{path.name}-{document['kind']}")
 
 
-@pytest.mark.parametrize("document", manifests())
+@pytest.mark.parametrize("document", list(manifests()))
 def test_manifests_fit_kubernetes_schemas(document):
     kubernetes_validate.validate(document, KUBERNETES, strict=True)
 
