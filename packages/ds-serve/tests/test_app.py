@@ -362,7 +362,10 @@ def test_experts_are_told_to_who_asks(client, model):
 def test_json_of_a_schema(client):
     schema = {
         "type": "object",
-        "properties": {"ok": {"type": "boolean"}, "n": {"type": "integer", "maximum": 9}},
+        "properties": {
+            "ok": {"type": "boolean"},
+            "n": {"type": "integer", "minimum": 0, "maximum": 9},
+        },
         "required": ["ok", "n"],
         "additionalProperties": False,
     }
@@ -441,6 +444,17 @@ def test_models_and_unknown_routes(client, model):
     assert refusal(client.get("/v1/models/other"), 404)["code"] == "model_not_found"
     refusal(client.get("/v1/nothing"), 404)
     refusal(client.get("/v1/completions"), 405)
+
+
+def test_an_engine_that_failed_is_no_healthy_server(model, tokenizer, monkeypatch):
+    engine = Engine(model, SMALL)
+    app = create_app(model, tokenizer, "tiny", engine=engine)
+    with TestClient(app, raise_server_exceptions=False) as client:
+        assert client.get("/health").status_code == 200
+        monkeypatch.setattr(engine.scheduler, "plan", lambda _: 1 / 0)
+        refusal(client.post("/v1/completions", json=GREEDY), 500)
+        assert client.get("/health").status_code == 503
+        refusal(client.post("/v1/completions", json=GREEDY), 503)
 
 
 def test_ready_until_the_server_closes(model, tokenizer):

@@ -309,6 +309,22 @@ def test_a_step_that_fails_ends_its_texts_and_not_the_engine(model, greedy):
     writer.close()
 
 
+def test_a_fault_of_the_engine_is_told_to_all_and_nobody_waits(model, monkeypatch):
+    engine = Engine(model, SMALL)
+    writer = Writer(engine)
+    monkeypatch.setattr(engine.scheduler, "plan", lambda _: 1 / 0)
+    begun = [writer.begin([1, 2], Rules(3)) for _ in range(3)]
+    engine.submit([text for text, _ in begun])
+    for _, updates in begun:
+        with pytest.raises(ZeroDivisionError):
+            tokens_of(updates)
+    assert engine.failed
+    assert engine.texts == 0
+    with pytest.raises(ClosedError):
+        engine.submit([writer.begin([1], Rules(1))[0]])
+    engine.close(60)  # and does not wait for what can't end
+
+
 def test_closing_lets_what_runs_end(model):
     engine = Engine(model, SMALL)
     steps = HeldSteps(engine)

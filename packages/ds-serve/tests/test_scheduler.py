@@ -230,6 +230,13 @@ def test_no_end_is_passed_by_a_draft():
     assert one.finish_reason == "stop"
 
 
+def test_few_tokens_are_as_many_as_attention_says():
+    """The scheduler sorts by it and may not import TensorFlow, so the number stands there too."""
+    from ds_attention import MultiHeadLatentAttention  # noqa: PLC0415 - brings TensorFlow
+
+    assert FEW == MultiHeadLatentAttention.FEW
+
+
 class Server(RuleBasedStateMachine):
     """Requests that come, go, share beginnings and are guessed ahead, in little memory."""
 

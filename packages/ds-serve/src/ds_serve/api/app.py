@@ -118,9 +118,11 @@ def _state_routes(served: Served, metrics: Metrics) -> APIRouter:
     routes, engine = APIRouter(), served.engine
 
     @routes.get("/health")
-    async def health() -> dict[str, str]:
-        """Say that the process lives."""
-        return {"status": "ok"}
+    async def health() -> JSONResponse:
+        """Say that the process lives and its engine works."""
+        if engine.failed:
+            return JSONResponse({"status": "failed"}, HTTPStatus.SERVICE_UNAVAILABLE)
+        return JSONResponse({"status": "ok"})
 
     @routes.get("/ready")
     async def ready() -> JSONResponse:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
@@ -77,8 +78,10 @@ class Mailbox:
         with self._lock:
             self._posted.append((receive, item))
             first = len(self._posted) == 1
-        if first and not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(self._deliver)
+        if first:
+            # The loop is closed only when nobody reads any more.
+            with contextlib.suppress(RuntimeError):
+                self.loop.call_soon_threadsafe(self._deliver)
 
     def _deliver(self) -> None:
         with self._lock:

@@ -14,12 +14,12 @@ def describe(served: Served) -> dict[str, Any]:
     `latent_bytes` and `mha_bytes` are what a token takes in the cache, all layers together: of
     latent attention, and of standard attention with the same heads (arXiv 2405.04434, table 1).
     """
-    from ds_model import parameter_counts  # noqa: PLC0415 - brings TensorFlow
+    from ds_attention import memory_report  # noqa: PLC0415 - brings TensorFlow
+    from ds_model import parameter_counts  # noqa: PLC0415 - the same
 
     model, engine = served.model, served.engine
     c = model.config
-    width = 4 if model.compute_dtype == "float32" else 2
-    heads = c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim)
+    held = memory_report(c.attention, batch=1, length=1, dtype=model.compute_dtype)
     counts = parameter_counts(c)
     return {
         "name": served.name,
@@ -34,8 +34,8 @@ def describe(served: Served) -> dict[str, Any]:
         "context": served.context,
         "chat": served.tokenizer.chat_template is not None,
         "drafts": engine.steps.drafts,
-        "latent_bytes": c.attention.cache_width * c.num_hidden_layers * width,
-        "mha_bytes": heads * c.num_hidden_layers * width,
+        "latent_bytes": held.mla_bytes * c.num_hidden_layers,
+        "mha_bytes": held.mha_bytes * c.num_hidden_layers,
         "cache_tokens": engine.cache_tokens,
         "block_size": engine.scheduler.block_size,
     }

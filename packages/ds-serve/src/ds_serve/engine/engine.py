@@ -6,6 +6,7 @@ Requests come from any thread; what the model does happens on one. Continuous ba
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import threading
@@ -118,6 +119,8 @@ class Engine:
 
     Attributes:
         options: how much at once.
+        failed: a fault that no request should be able to cause ended the engine; nothing is written
+            any more.
         scheduler: who takes part; to be read, not changed, by others.
         observers: called with each step's report, on the engine's thread.
 
@@ -140,6 +143,7 @@ class Engine:
         self.observers: list[Callable[[StepReport], None]] = []
         self._arrived: list[Text] = []
         self._changed = threading.Condition()
+        self.failed = False
         self._open = True
         self._closing = False
         self._unfinished = 0
@@ -177,14 +181,8 @@ class Engine:
             BusyError: too many wait.
             ValueError: one would not fit the cache by itself.
         """
-        size = self.scheduler.block_size
         for text in texts:
-            most = len(text.prompt) + max(1, text.rules.max_tokens)
-            if -(-most // size) > self.scheduler.pool.blocks:
-                raise ValueError(
-                    f"prompt and answer have up to {most} tokens; the cache holds "
-                    f"{self.cache_tokens}"
-                )
+            self.scheduler.check_fits(text)
         with self._changed:
             if not self._open:
                 raise ClosedError("the server is closing")
@@ -222,6 +220,21 @@ class Engine:
             self._thread.join()
 
     def _work(self) -> None:
+        try:
+            self._steps()
+        except Exception as error:  # noqa: BLE001 - whatever it was, nobody may wait for ever
+            # Whoever waits is told, and who watches can start the process anew.
+            _log.exception("the engine failed")
+            with self._changed:
+                self.failed, self._open = True, False
+                left = [*self._arrived, *self.scheduler.waiting, *self.scheduler.running]
+                self._unfinished = 0
+                self._changed.notify_all()
+            for text in left:
+                with contextlib.suppress(Exception):
+                    text.listener(Update(finish_reason="error", error=error))
+
+    def _steps(self) -> None:
         scheduler = self.scheduler
         while True:
             with self._changed:

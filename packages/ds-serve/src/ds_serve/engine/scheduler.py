@@ -87,18 +87,22 @@ class Scheduler:
         self.running: list[Text] = []
         self.preemptions = self.prompt_tokens = self.cached_tokens = 0
 
-    def add(self, text: Text) -> None:
-        """Let a text wait for its turn.
-
-        Raises:
-            ValueError: it would not fit all the blocks by itself.
-        """
+    def check_fits(self, text: Text) -> None:
+        """Raise ValueError if a text would not fit all the blocks by itself."""
         most = len(text.prompt) + max(1, text.rules.max_tokens)
         if self._blocks_for(most) > self.pool.blocks:
             raise ValueError(
                 f"prompt and answer have up to {most} tokens; the cache holds "
                 f"{self.pool.blocks * self.block_size}"
             )
+
+    def add(self, text: Text) -> None:
+        """Let a text wait for its turn.
+
+        Raises:
+            ValueError: it would not fit all the blocks by itself.
+        """
+        self.check_fits(text)
         insort(self.waiting, text, key=_order)
 
     def end(self, text: Text, reason: FinishReason, error: BaseException | None = None) -> None:
