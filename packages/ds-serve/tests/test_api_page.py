@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from ds_serve.api.fields import IGNORED, REFUSED
 from ds_serve.api.requests import (
-    IGNORED,
-    REFUSED,
     ChatRequest,
     CompletionRequest,
     EmbeddingRequest,

@@ -8,9 +8,8 @@ import openai.types.embedding_create_params as openai_embedding
 import pytest
 from pydantic import ValidationError
 
+from ds_serve.api.fields import IGNORED, REFUSED
 from ds_serve.api.requests import (
-    IGNORED,
-    REFUSED,
     ChatRequest,
     CompletionRequest,
     EmbeddingRequest,

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from conftest import PROMPT, SMALL, wait_for
 from ds_serve import Engine, Limits, create_app
-from ds_serve.api.requests import REFUSED, ChatRequest, CompletionRequest
+from ds_serve.api.fields import REFUSED
+from ds_serve.api.requests import ChatRequest, CompletionRequest
 
 ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings")
 

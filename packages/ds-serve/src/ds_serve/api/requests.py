@@ -1,125 +1,16 @@
-"""What clients may send: OpenAI's requests, and a few fields beyond them that vLLM has too.
-
-A field is supported, or ignored because it changes no answer, or refused: a client that asks for
-`audio` must not think that it gets some. Of a refused field only values that ask for nothing pass
-(null, or the default that OpenAI documents).
-"""
+"""What clients may send: OpenAI's requests, and a few fields beyond them that vLLM has too."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from ds_serve.api.fields import Strict, by_token, joined_parts, one_or_list, prompts
 from ds_serve.engine.text import MOST_ALTERNATIVES
 
-# Fields of OpenAI's that change no answer here.
-IGNORED = {
-    "metadata": "kept by OpenAI with stored answers; nothing is stored here",
-    "parallel_tool_calls": "a model calls as many tools at once as it likes",
-    "prompt_cache_key": "prefixes are found by their content",
-    "prompt_cache_retention": "blocks are kept as long as there is room",
-    "safety_identifier": "names the client's user",
-    "service_tier": "there is one",
-    "store": "nothing is stored",
-    "user": "names the client's user",
-}
-# Fields that we do not have: the values that ask for nothing, and why they are refused.
-REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "audio": ((), "text only"),
-    "best_of": ((1,), "ask for `n` answers and choose"),
-    "dimensions": ((), "an embedding has the model's width"),
-    "function_call": (("none", "auto"), "the older name of `tool_choice`"),
-    "functions": (([],), "the older name of `tools`"),
-    "modalities": ((["text"],), "text only"),
-    "moderation": ((), "there is no moderation model"),
-    "prediction": ((), "drafts come from the MTP module"),
-    "prompt_cache_options": ((), "prefixes are found by their content"),
-    "suffix": ((), "the model was not trained to fill gaps"),
-    "verbosity": (("medium",), "say it in the prompt"),
-    "web_search_options": ((), "there is no search"),
-}
 
-
-def _asks_nothing(key: str, value: object) -> bool:
-    if key in IGNORED:
-        return True
-    # In Python 0 == False, but `echo: 0` asks for something.
-    return any(
-        value == nothing and isinstance(value, bool) == isinstance(nothing, bool)
-        for nothing in REFUSED.get(key, ((),))[0]
-    )
-
-
-def _one_or_list(value: object) -> object:
-    return [value] if isinstance(value, str) else value
-
-
-def _prompts(value: object) -> object:
-    """Make a list of prompts of one: a text, or its token ids."""
-    if isinstance(value, str) or _are_ids(value):
-        return [value]
-    if not isinstance(value, list) or not value:
-        raise ValueError("give a text, a list of token ids, or a list of either")
-    if not (all(isinstance(item, str) for item in value) or all(map(_are_ids, value))):
-        raise ValueError("give a text, a list of token ids, or a list of either")
-    return value
-
-
-def _are_ids(value: object) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(token, int) and not isinstance(token, bool) for token in value)
-    )
-
-
-def _by_token(value: object) -> object:
-    """Make numbers of the keys of `logit_bias`, which JSON has as text."""
-    if not isinstance(value, dict):
-        return value
-    try:
-        return {int(token): bias for token, bias in value.items()}
-    except (TypeError, ValueError) as error:
-        raise ValueError("keys must be token ids") from error
-
-
-def _joined_parts(value: object) -> object:
-    """Join OpenAI's list of content parts; only text is understood."""
-    if not isinstance(value, list):
-        return value
-    texts = []
-    for part in value:
-        match part:
-            case {"type": "text", "text": str(text)}:
-                texts.append(text)
-            case _:
-                raise ValueError('parts of a message must be {"type": "text", "text": "..."}')
-    return "".join(texts)
-
-
-class _Strict(BaseModel):
-    """No unknown fields, no `"5"` for 5; null is the same as leaving a field out."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    # What clients add to the answers that they got, and send back with them.
-    of_the_client: ClassVar[frozenset[str]] = frozenset()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_what_asks_nothing(cls, body: object) -> object:
-        if not isinstance(body, dict):
-            return body
-        return {
-            key: value
-            for key, value in body.items()
-            if value is not None
-            and key not in cls.of_the_client
-            and (key in cls.model_fields or not _asks_nothing(key, value))
-        }
-
-
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """Options of a streamed answer.
 
     Attributes:
@@ -131,7 +22,7 @@ class StreamOptions(_Strict):
     include_obfuscation: bool = False
 
 
-class StructuredOutputs(_Strict):
+class StructuredOutputs(Strict):
     """A form that the answer must have; one of them, as in vLLM.
 
     Attributes:
@@ -154,7 +45,7 @@ class StructuredOutputs(_Strict):
         return body
 
 
-class SamplingRequest(_Strict):
+class SamplingRequest(Strict):
     """What completions and chat completions have in common.
 
     Attributes:
@@ -179,16 +70,16 @@ class SamplingRequest(_Strict):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=1000)]],
-        BeforeValidator(_one_or_list),
-        Field(max_length=4),
-    ] = []
+        BeforeValidator(one_or_list),
+        Field(max_length=4, default_factory=list),
+    ]
     presence_penalty: float = Field(0.0, ge=-2, le=2, allow_inf_nan=False)
     frequency_penalty: float = Field(0.0, ge=-2, le=2, allow_inf_nan=False)
     logit_bias: Annotated[
         dict[int, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]],
-        BeforeValidator(_by_token),
-        Field(max_length=1024),
-    ] = {}
+        BeforeValidator(by_token),
+        Field(max_length=1024, default_factory=dict),
+    ]
     stream: bool = False
     stream_options: StreamOptions | None = None
     top_k: int = Field(0, ge=-1)
@@ -219,7 +110,7 @@ class CompletionRequest(SamplingRequest):
 
     prompt: Annotated[
         list[str | list[int]],
-        BeforeValidator(_prompts),
+        BeforeValidator(prompts),
         Field(max_length=128),
     ]
     max_tokens: int = Field(16, ge=1)
@@ -233,7 +124,7 @@ class CompletionRequest(SamplingRequest):
         return self
 
 
-class FunctionCall(_Strict):
+class FunctionCall(Strict):
     """A call of a tool that the model made: its name, and arguments as JSON."""
 
     of_the_client = frozenset({"parsed_arguments"})
@@ -242,7 +133,7 @@ class FunctionCall(_Strict):
     arguments: str
 
 
-class ToolCall(_Strict):
+class ToolCall(Strict):
     """One call in an assistant's message."""
 
     of_the_client = frozenset({"index"})
@@ -252,13 +143,13 @@ class ToolCall(_Strict):
     function: FunctionCall
 
 
-class ChatMessage(_Strict):
+class ChatMessage(Strict):
     """One turn of a conversation."""
 
     of_the_client = frozenset({"annotations", "parsed"})
 
     role: str
-    content: Annotated[str | None, BeforeValidator(_joined_parts)] = None
+    content: Annotated[str | None, BeforeValidator(joined_parts)] = None
     name: str | None = None
     refusal: str | None = None
     tool_calls: list[ToolCall] | None = None
@@ -272,7 +163,7 @@ class ChatMessage(_Strict):
         return self
 
 
-class Function(_Strict):
+class Function(Strict):
     """What the model may call."""
 
     name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
@@ -281,27 +172,27 @@ class Function(_Strict):
     strict: bool = False
 
 
-class Tool(_Strict):
+class Tool(Strict):
     """A tool; only functions are known."""
 
     type: Literal["function"]
     function: Function
 
 
-class NamedFunction(_Strict):
+class NamedFunction(Strict):
     """A function by its name."""
 
     name: str
 
 
-class NamedTool(_Strict):
+class NamedTool(Strict):
     """The one tool that the model must call."""
 
     type: Literal["function"]
     function: NamedFunction
 
 
-class JsonSchema(_Strict):
+class JsonSchema(Strict):
     """A schema that the answer must fit; `strict` changes nothing: it always must."""
 
     name: str
@@ -310,7 +201,7 @@ class JsonSchema(_Strict):
     strict: bool = False
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(Strict):
     """Free text, any JSON object, or one that fits a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -341,7 +232,7 @@ class ChatRequest(SamplingRequest):
     tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
     response_format: ResponseFormat | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _fits_together(self) -> ChatRequest:
@@ -372,13 +263,13 @@ class ChatRequest(SamplingRequest):
         return self.max_completion_tokens or self.max_tokens
 
 
-class EmbeddingRequest(_Strict):
+class EmbeddingRequest(Strict):
     """Body of `/v1/embeddings`: texts, or their token ids."""
 
     model: str
     input: Annotated[
         list[str | list[int]],
-        BeforeValidator(_prompts),
+        BeforeValidator(prompts),
         Field(max_length=2048),
     ]
     encoding_format: Literal["float", "base64"] = "float"

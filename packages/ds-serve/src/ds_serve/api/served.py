@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
 import time
 from collections.abc import Sequence
@@ -12,25 +11,22 @@ from typing import TYPE_CHECKING, NamedTuple
 from fastapi.concurrency import run_in_threadpool
 
 from ds_serve.api.errors import ApiError
+from ds_serve.api.forms import form_of, form_of_chat
 from ds_serve.api.generation import Generation, Mailbox
-from ds_serve.api.parts import CALL, CALL_END, CALLS, CALLS_END, SEPARATOR, THINK, THOUGHT, thinks
+from ds_serve.api.parts import THINK, THOUGHT, thinks
 from ds_serve.api.requests import (
     ChatRequest,
     CompletionRequest,
     EmbeddingRequest,
-    NamedTool,
     SamplingRequest,
-    Tool,
 )
-from ds_serve.engine import COMPACT, Engine, Grammar, GrammarError, Grammars, Rules, Text
+from ds_serve.engine import Engine, Grammar, GrammarError, Grammars, Rules, Text
 from ds_serve.writing import encode_text, end_tokens
 
 if TYPE_CHECKING:
     from ds_model import CausalLM, Tokenizer
     from ds_serve.api.limits import Limits
     from ds_serve.engine.grammar import Matcher
-
-_ANY_OBJECT = {"type": "object"}
 
 
 class ChatPrompt(NamedTuple):
@@ -147,19 +143,12 @@ class Served:
             ApiError: a prompt is empty, or the answer exceeds context or limits.
             BusyError: too many wait.
         """
-        form = _form(request)
+        form = form_of(request)
         return await self._begin(request, prompts, request.max_tokens, request.logprobs, form)
 
     async def chat(self, request: ChatRequest, prompt: ChatPrompt) -> Generation:
         """Begin to answer in a conversation; raises as `complete`."""
-        form = _form(request)
-        wanted = request.response_format
-        if wanted is not None and wanted.type != "text":
-            schema = wanted.json_schema.schema_ if wanted.json_schema else _ANY_OBJECT
-            form = Grammar.of("json_schema", schema)
-        called = _must_call(request)
-        if called:
-            form = self._call_grammar(called)
+        form = form_of_chat(request, self.tokenizer)
         logprobs = request.top_logprobs if request.logprobs else None
         tools = bool(request.tools) and request.tool_choice != "none"
         return await self._begin(
@@ -221,25 +210,6 @@ class Served:
             field = {"json_schema": "response_format"}.get(form.kind, "structured_outputs")
             raise _invalid(field, f"{field} can't be kept to: {error}.") from error
 
-    def _call_grammar(self, tools: Sequence[Tool]) -> Grammar:
-        """Return the grammar of one call of one of these tools."""
-
-        def mark(name: str) -> str:
-            token = self.tokenizer.token_to_id(name)
-            return json.dumps(name) if token is None else f"<[{token}]>"
-
-        calls = []
-        for i, tool in enumerate(tools):
-            schema = {**(tool.function.parameters or _ANY_OBJECT), "x-guidance": COMPACT}
-            calls.append(
-                f"call_{i}: {mark(CALL)} {json.dumps(tool.function.name)} {mark(SEPARATOR)} "
-                f"%json {json.dumps(schema)} {mark(CALL_END)}"
-            )
-        one = " | ".join(f"call_{i}" for i in range(len(tools)))
-        return Grammar(
-            "lark", "\n".join([f"start: {mark(CALLS)} ({one}) {mark(CALLS_END)}", *calls])
-        )
-
     def _check_ids(self, field: str, ids: Sequence[int]) -> None:
         size = self.model.config.vocab_size
         wrong = next((token for token in ids if not 0 <= token < size), None)
@@ -296,27 +266,6 @@ def _rules(
         ends=ends,
         experts=request.experts,
     )
-
-
-def _form(request: SamplingRequest) -> Grammar | None:
-    form = request.structured_outputs
-    if form is None:
-        return None
-    if form.json_schema is not None:
-        return Grammar.of("json_schema", form.json_schema)
-    if form.regex is not None:
-        return Grammar("regex", form.regex)
-    if form.choice is not None:
-        return Grammar.of("choice", form.choice)
-    return Grammar("lark", form.grammar or "")
-
-
-def _must_call(request: ChatRequest) -> list[Tool]:
-    """Return the tools of which one must be called; none if none must."""
-    choice = request.tool_choice
-    if isinstance(choice, NamedTool):
-        return [tool for tool in request.tools if tool.function.name == choice.function.name]
-    return request.tools if choice == "required" else []
 
 
 def _invalid(field: str, message: str) -> ApiError:
