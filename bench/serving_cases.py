@@ -132,18 +132,27 @@ def overhead(model: str, clients: int) -> dict[str, Any]:
     engine.steps.run = keep  # type: ignore[method-assign]
     crowd.run([(prompt, Rules(64)) for prompt in prompts(lm, clients, seed=1)])
     engine.close()
-    bare = []
-    for _ in range(100):
-        begun = time.perf_counter()
-        engine.steps.call(inputs[0])
-        bare.append(time.perf_counter() - begun)
+    bare = _seconds_of(engine, inputs[0])
+    engine.steps.plain.executor = ""
+    handed = _seconds_of(engine, inputs[0])
     whole = statistics.median(seconds for seconds, _ in steps)
     return {
         "clients": clients,
         "step": round(whole, 6),
-        "bare": round(statistics.median(bare), 6),
+        "bare": round(bare, 6),
+        "handed": round(handed, 6),
         "outside_graph": round(1 - statistics.median(m / s for s, m in steps), 4),
     }
+
+
+def _seconds_of(engine: Engine, inputs: Any) -> float:
+    """Return what the compiled graph alone takes."""
+    seconds = []
+    for _ in range(100):
+        begun = time.perf_counter()
+        engine.steps.call(inputs)
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds)
 
 
 def drafts(model: str, clients: int) -> dict[str, Any]:

@@ -141,6 +141,9 @@ def alone(found: dict[str, Any]) -> str:
             f"{1000 * prefix['warm']:.1f} ms",
         ),
     ]
+    for case in engine["overhead"]:
+        what = f"one thread starts a step's operations, {case['clients']} clients"
+        rows.append((what, f"{1000 * case['handed']:.1f} ms", f"{1000 * case['bare']:.1f} ms"))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

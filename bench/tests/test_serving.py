@@ -5,7 +5,7 @@ import pytest
 from bench.environments import PeerError
 from bench.marks import BEGIN, END, begin
 from bench.serving import Crowd, Found, Kept, note
-from bench.serving_report import capacities, crowds, drafted, endured, goals, publish
+from bench.serving_report import alone, capacities, crowds, drafted, endured, goals, publish
 
 
 def crowd(speed, first):
@@ -31,7 +31,15 @@ def found():
         engine={
             "together": {"clients": 8, "in turn": 150.0, "together": 500.0},
             "prefix": {"shared": 2048, "cold": 0.4, "warm": 0.02},
-            "overhead": [{"clients": 1, "step": 0.0045, "bare": 0.004, "outside_graph": 0.02}],
+            "overhead": [
+                {
+                    "clients": 1,
+                    "step": 0.0045,
+                    "bare": 0.004,
+                    "handed": 0.0046,
+                    "outside_graph": 0.02,
+                }
+            ],
         },
         drafts={"1": {"clients": 1, "greedy": one, "drawn": one}},
         endurance={
@@ -63,6 +71,7 @@ def test_tables_have_a_row_for_each_server_and_crowd():
     assert "| bfloat16 | 8 | transformers | 50 |  |  |  |" in crowds(found())
     assert "| 1 clients, greedy | 50% | 100 | 130 | 1.30 | yes |" in drafted(found())
     assert "7,000 length" in endured(found())
+    assert "starts a step's operations, 1 clients | 4.6 ms | 4.0 ms |" in alone(found())
     assert "14,800" in capacities()
 
 

@@ -94,6 +94,7 @@ class Steps:
     Attributes:
         cache: the latents.
         drafts: whether there are guesses.
+        plain: the graph of a step in which each token is just the likeliest.
 
     Raises:
         ValueError: the model has no MTP module to draft with.
@@ -108,7 +109,7 @@ class Steps:
         real = tf.TensorSpec([None], tf.float32)
         hidden = tf.TensorSpec([None, model.config.hidden_size], model.compute_dtype)
         logits = tf.TensorSpec([None, model.config.vocab_size], tf.float32)
-        self._plain = _Graph(self._all, *spec)
+        self.plain = _Graph(self._all, *spec)
         self._read = _Graph(self._reading, *spec)
         self._choose = _Graph(self._choosing, logits, *spec, real, flag)
         if drafts:
@@ -129,7 +130,7 @@ class Steps:
         """Run the compiled graphs, and nothing else."""
         integers, sizes, reals, telling, plain = inputs
         if plain:
-            return self._plain(integers, sizes)
+            return self.plain(integers, sizes)
         read = self._read(integers, sizes)
         chosen = self._choose(read.logits, integers, sizes, reals, telling)
         drafts = tf.zeros([0], tf.int32)
@@ -284,8 +285,11 @@ class _Graph:
     """A function traced once.
 
     Where it has no branch and no loop one thread starts its operations, one after the other: they
-    are a chain, and each has threads of its own. That saves handing each from thread to thread,
-    0.5 of 4 ms a step of preset `bench`. TensorFlow has a context for it and no public name.
+    are a chain, and each has threads of its own. That saves handing each from thread to thread.
+    TensorFlow has a context for it and no public name.
+
+    Attributes:
+        executor: TensorFlow's name for what starts the operations; empty for its usual one.
     """
 
     def __init__(self, function: Callable[..., Any], *spec: Any) -> None:
@@ -293,10 +297,10 @@ class _Graph:
         branches = {"If", "StatelessIf", "While", "StatelessWhile"}
         found = {op.type for op in self._function.graph.get_operations()}
         gpu = bool(tf.config.list_logical_devices("GPU"))
-        self._executor = "" if found & branches or gpu else "SINGLE_THREADED_EXECUTOR"
+        self.executor = "" if found & branches or gpu else "SINGLE_THREADED_EXECUTOR"
 
     def __call__(self, *inputs: Any) -> Any:
-        if not self._executor:
+        if not self.executor:
             return self._function(*inputs)
-        with context.function_executor_type(self._executor):
+        with context.function_executor_type(self.executor):
             return self._function(*inputs)
