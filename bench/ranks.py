@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -29,7 +30,7 @@ from bench.process import ROOT
 from bench.ranks_report import publish
 from bench.tasks import PRESET
 from ds_model import ModelConfig, parameters_by_part
-from ds_train import PipelinePart, TrainConfig, training_memory
+from ds_train import TrainConfig, training_memory
 from ds_train.data import TokenFile, write_token_file
 from ds_train.metrics_log import read_metrics
 from ds_train.parallel import Layout, Mesh, make_schedule, published_bubble
@@ -43,6 +44,13 @@ FEW, MANY = 4, 16
 MICRO, SIZES = 6, (4, 12)  # micro-batches, and sequences of one, where memory is measured
 SCHEDULES = ("1f1b", "zb1p", "dualpipev")
 BATCH, SEQUENCE = 8, 256
+# Without oneDNN TensorFlow takes the system's allocator, which gives whole pages back at once.
+ONE_BY_ONE = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "TF_ENABLE_ONEDNN_OPTS": "0",
+    "TF_NUM_INTEROP_THREADS": "1",
+}
 LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")
 MODEL = {
     "preset": "mini",
@@ -98,7 +106,9 @@ class Held(BaseModel):
     Attributes:
         in_flight: micro-batches whose activations it holds at once, by the schedule.
         expected: by the closed form.
-        measured: peak memory with large micro-batches less that with small ones.
+        tensors: peak memory with large micro-batches less that with small ones, where each tensor's
+            memory comes from the system and goes back to it, one operation after the other.
+        measured: the same as it comes, with the allocator that TensorFlow takes.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -107,6 +117,7 @@ class Held(BaseModel):
     rank: int
     in_flight: int
     expected: float
+    tensors: float
     measured: float
 
 
@@ -223,46 +234,52 @@ def measure(mesh: str, tokens: TokenFile) -> Point:
 
 
 def measure_held(schedule: str, tokens: TokenFile) -> list[Held]:
-    """Train on two pipeline ranks, with micro-batches of two sizes.
-
-    With one arena of the allocator's: else what one thread frees another can't use, and a third
-    more was held.
-    """
-    os.environ["MALLOC_ARENA_MAX"] = "1"  # the ranks inherit it
-    peaks = []
-    for size in SIZES:
-        config = config_of({"pp": 2, "schedule": schedule, "accumulation": MICRO}, 3, MICRO * size)
-        said: list[str] = []
-        with tempfile.TemporaryDirectory() as folder:
-            run = RankRun(config, config.model.build(), tokens.path, Path(folder), resume=False)
-            launch(run, lambda *_: None, said.append)
-        found = (
-            re.fullmatch(r"rank (\d+): done; held ([\d,]+) MiB at most", line) for line in said
-        )
-        peak = {int(line[1]): int(line[2].replace(",", "")) * 2**20 for line in found if line}
-        peaks.append(peak)
-    model, made = config.model.build(), make_schedule(schedule, 2, MICRO)
+    """Train on two pipeline ranks, with micro-batches of two sizes."""
+    made = make_schedule(schedule, 2, MICRO)
+    tensors, measured = (peaks_apart(schedule, tokens, given) for given in (ONE_BY_ONE, {}))
+    model = config_of({"accumulation": MICRO}, 1).model.build()
     layout = Layout(model, Mesh(pp=2), made)
     points = []
     for rank in range(2):
-        part = layout.part(rank)
-        flight = made.peak_activations(rank)
-        stages = len(made.held_by(rank))
-        # A rank of the V form has two stages, and holds a micro-batch in one at a time.
-        pipeline = PipelinePart(part.blocks, part.embedding, part.end, -(-flight // stages))
-        held = [training_memory(model, size, SEQUENCE, part=pipeline) for size in SIZES]
+        part = layout.memory_part(rank)
+        held = [training_memory(model, size, SEQUENCE, part=part) for size in SIZES]
         few, many = (found.step + found.scratch for found in held)
-        apart = SIZES[1] - SIZES[0]
         points.append(
             Held(
                 schedule=schedule,
                 rank=rank,
-                in_flight=flight,
-                expected=(many - few) / apart,
-                measured=(peaks[1][rank] - peaks[0][rank]) / apart,
+                in_flight=made.peak_activations(rank),
+                expected=(many - few) / (SIZES[1] - SIZES[0]),
+                tensors=tensors[rank],
+                measured=measured[rank],
             )
         )
     return points
+
+
+def peaks_apart(schedule: str, tokens: TokenFile, given: dict[str, str]) -> dict[int, float]:
+    """Return for each rank what one more sequence in each micro-batch adds to its peak memory.
+
+    Args:
+        schedule: of the pipeline.
+        tokens: to train on.
+        given: variables of the ranks' environment.
+    """
+    peaks = []
+    with patch.dict(os.environ, given):
+        for size in SIZES:
+            mesh = {"pp": 2, "schedule": schedule, "accumulation": MICRO}
+            config = config_of(mesh, 3, MICRO * size)
+            said: list[str] = []
+            with tempfile.TemporaryDirectory() as folder:
+                run = RankRun(config, config.model.build(), tokens.path, Path(folder), resume=False)
+                launch(run, lambda *_: None, said.append)
+            lines = (
+                re.fullmatch(r"rank (\d+): done; held ([\d,]+) MiB at most", line) for line in said
+            )
+            peaks.append({int(m[1]): int(m[2].replace(",", "")) * 2**20 for m in lines if m})
+    few, many = peaks
+    return {rank: (many[rank] - few[rank]) / (SIZES[1] - SIZES[0]) for rank in few}
 
 
 def sent() -> int:

@@ -71,8 +71,9 @@ def test_a_mesh_stands_beside_one_process(tmp_path):
     assert last == (
         "| pp2, 1F1B | 2 | 1.500 | 1.25 | 2.400 | 1.20 | 20% / 20% | 3.0 | 1.50 | 9.0 |"
     )
-    held = [{"schedule": "1f1b", "rank": 0, "in_flight": 2, "expected": 2e6, "measured": 2.2e6}]
-    assert held_table(held).splitlines()[-1] == "| 1f1b | 0 | 2 | 1.9 | 2.1 | +10% |"
+    sizes = {"expected": 2e6, "tensors": 2.2e6, "measured": 2.4e6}
+    held = [{"schedule": "1f1b", "rank": 0, "in_flight": 2, **sizes}]
+    assert held_table(held).splitlines()[-1] == "| 1f1b | 0 | 2 | 1.9 | 2.1 | +10% | 2.3 | +20% |"
     page = tmp_path / "phases" / "3-distribution.md"
     page.parent.mkdir()
     page.write_text(f"{BEGIN}\nold\n{END}\n{begin('the plan')}\nold\n{END}", encoding="utf-8")

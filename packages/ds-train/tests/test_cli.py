@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from conftest import MODEL
-from ds_model import CausalLM, Tokenizer
+from ds_model import CausalLM, Tokenizer, parameters_by_part
 from ds_train import TrainConfig, quickstart_config, training_memory
 from ds_train.cli import app
 from ds_train.data import state_of_the_union
@@ -212,6 +212,30 @@ def test_memory_is_what_the_library_says(tmp_path):
     found = json.loads(result.stdout)
     assert (found["peak"], found["activations"]) == (want.peak, want.activations)
     assert found["measured"] is None
+
+
+def test_memory_of_many_ranks_is_that_of_each(tmp_path):
+    mesh = '\n[parallel]\npp = 2\nep = 2\nzero = 1\nschedule = "zb1p"\n'
+    text = CONFIG.replace("[train]", "[train]\naccumulation = 4") + mesh
+    (tmp_path / "train.toml").write_text(text)
+    words = ["memory", "--config", str(tmp_path / "train.toml")]
+    result = runner.invoke(app, [*words, "--json"])
+    assert result.exit_code == 0, result.output
+    first, last = json.loads(result.stdout)["ranks"]
+    config = TrainConfig.from_file(tmp_path / "train.toml").model.build()
+    whole = training_memory(config, 1, 16)
+    experts = 4 * sum(part.experts for part in parameters_by_part(config).values())
+    embedding = 4 * config.vocab_size * config.hidden_size  # both have it: the MTP module reads it
+    both = first["parameters"] + last["parameters"]
+    assert both == whole.parameters - experts / 2 + embedding
+    assert first["moments"] < 2 * first["parameters"]  # of what both have, each has half
+    assert last["logits"] == whole.logits
+    shown = runner.invoke(app, words)
+    assert "pipeline 1" in shown.output
+    assert "gradients put off" in shown.output
+    refused = runner.invoke(app, [*words, "--measure"])
+    assert refused.exit_code == 2
+    assert "--measure is for one process" in refused.output
 
 
 def test_memory_of_fp8_is_measured_and_not_reckoned(tmp_path):

@@ -1,7 +1,8 @@
 """The experts of `run_experts` when their weights' gradients wait (`defer_weight_gradients`).
 
-One product an expert on just its rows, as in `sorted_experts`, with the two halves of the backward
-pass written out: rows' gradients at once, weights' gradients when they are asked for.
+Compiled, the backward pass is two operations in place of one. In stock operations it is one product
+an expert on just its rows, as in `sorted_experts`, with the two halves written out: rows' gradients
+at once, weights' gradients when they are asked for.
 
 Shape letters: T tokens, D hidden_size, I moe_intermediate_size, E experts, K experts a token,
 A = T*K assignments.
@@ -15,7 +16,7 @@ import keras
 import tensorflow as tf
 
 from ds_moe.experts import combine, sort_by_expert, swiglu
-from ds_precision import WeightGradients, matmul
+from ds_precision import WeightGradients, fused_experts_deferring, matmul, use_kernels
 
 
 def deferred_experts(
@@ -39,6 +40,8 @@ def deferred_experts(
     Returns:
         `[T, D]` in the type of `x`.
     """
+    if use_kernels(x, tf.convert_to_tensor(gate_up), tf.convert_to_tensor(down)):
+        return fused_experts_deferring(x, indices, gates, gate_up, down, later)
     experts = gate_up.shape[0]
     order_A, counts_E = sort_by_expert(indices, experts)
     wide, narrow = (

@@ -18,6 +18,7 @@ from ds_precision import (
     experts_done,
     fp8_recipe,
     fused_experts,
+    fused_experts_deferring,
     use_kernels,
 )
 
@@ -71,11 +72,15 @@ class SwiGLU(RestoresPolicy, keras.layers.Layer):
         """
         if not self.one_operation(x):
             return self.down_proj(swiglu(self.gate_up_proj(x)))
+        later = deferred_weight_gradients()
+        if later is not None and self.down_proj.kernel is not None:
+            weights = self.gate_up_proj.kernel, self.down_proj.kernel
+            return fused_experts_deferring(x, *_no_choice(), *weights, later)
         return fused_experts(x, *self._as_expert(), done=done)
 
     def one_operation(self, x: tf.Tensor) -> bool:
         """Say whether one compiled operation does all of it for `x [..., D]` here."""
-        return not self._trains_in_fp8 and deferred_weight_gradients() is None and use_kernels(x)
+        return not self._trains_in_fp8 and use_kernels(x)
 
     def done(self, x: tf.Tensor) -> ExpertsDone:
         """Return what the backward pass needs beside `x [..., D]`, which can be made again."""
@@ -87,7 +92,8 @@ class SwiGLU(RestoresPolicy, keras.layers.Layer):
         That is made again. Where this is not one compiled operation, all of it would have to be
         done again; then nothing is.
         """
-        if not self.one_operation(h) or self.down_proj.kernel is None:
+        deferring = deferred_weight_gradients() is not None
+        if deferring or not self.one_operation(h) or self.down_proj.kernel is None:
             return self(norm(h))
         done = self.done(norm(tf.stop_gradient(h)))
 
@@ -100,8 +106,7 @@ class SwiGLU(RestoresPolicy, keras.layers.Layer):
     def _as_expert(self) -> tuple[Any, Any, Any, Any]:
         """Return the operands of one expert that every token chooses."""
         return (
-            tf.zeros([0, 1], tf.int32),
-            tf.zeros([0, 1]),
+            *_no_choice(),
             _stacked(self.gate_up_proj.weights_to_multiply),
             _stacked(self.down_proj.weights_to_multiply),
         )
@@ -121,6 +126,11 @@ class SwiGLU(RestoresPolicy, keras.layers.Layer):
             "intermediate_size": self.intermediate_size,
             "initializer_range": self.initializer_range,
         }
+
+
+def _no_choice() -> tuple[tf.Tensor, tf.Tensor]:
+    """Return the indices and gates that stand for: every token, and wholly."""
+    return tf.zeros([0, 1], tf.int32), tf.zeros([0, 1])
 
 
 def _stacked(weights: Any) -> tf.Tensor | QuantizedWeights:

@@ -43,6 +43,7 @@ from ds_precision.products import (
     experts_done,
     fused_attention,
     fused_experts,
+    fused_experts_deferring,
 )
 from ds_precision.routing import fused_routing
 from ds_precision.weight_only import (
@@ -84,6 +85,7 @@ __all__ = [
     "fused_attention",
     "fused_cross_entropy",
     "fused_experts",
+    "fused_experts_deferring",
     "fused_latent_attention",
     "fused_paged_attention",
     "fused_rms_norm",

@@ -11,18 +11,25 @@ weight then has no gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import keras
 import tensorflow as tf
+
+
+class _Waiting(NamedTuple):
+    weights: tuple[keras.Variable, ...]
+    operands: list[tf.Tensor]
+    compute: Callable[..., Sequence[tf.Tensor]]
 
 
 class WeightGradients:
     """Weights' gradients that wait to be computed."""
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[keras.Variable, list[tf.Tensor], Callable[..., tf.Tensor]]] = []
+        self._waiting: list[_Waiting] = []
 
     def put(
         self,
@@ -37,7 +44,22 @@ class WeightGradients:
             operands: tensors of any shapes.
             compute: makes the gradient, in the weight's shape, of such tensors.
         """
-        self._waiting.append((weight, operands, compute))
+        self.put_together((weight,), operands, lambda *given: (compute(*given),))
+
+    def put_together(
+        self,
+        weights: Sequence[keras.Variable],
+        operands: list[tf.Tensor],
+        compute: Callable[..., Sequence[tf.Tensor]],
+    ) -> None:
+        """Leave what the gradients of several weights are made of, by one computation.
+
+        Args:
+            weights: whose gradients.
+            operands: tensors of any shapes.
+            compute: makes the gradients, each in its weight's shape, of such tensors.
+        """
+        self._waiting.append(_Waiting(tuple(weights), operands, compute))
 
     def compute(self) -> list[tuple[keras.Variable, tf.Tensor]]:
         """Compute all that wait, each once; a weight that was used twice is there twice.
@@ -47,10 +69,11 @@ class WeightGradients:
         """
         waiting, self._waiting = self._waiting, []
         found = []
-        for weight, operands, compute in waiting:
+        for weights, operands, compute in waiting:
             # An identity is made here, and so waits for what this call waits for.
-            gradient = compute(*map(tf.identity, operands))
-            found.append((weight, tf.cast(gradient, weight.dtype)))
+            gradients = compute(*map(tf.identity, operands))
+            for weight, gradient in zip(weights, gradients, strict=True):
+                found.append((weight, tf.cast(gradient, weight.dtype)))
         return found
 
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import keras
 import tensorflow as tf
 
 from ds_precision.choice import use_kernels
+from ds_precision.deferred import WeightGradients
 from ds_precision.kernels import operations
 from ds_precision.weight_only import QuantizedWeights
 
@@ -92,6 +94,59 @@ def fused_experts(
         return tf.identity(done.y), gradient
 
     return summed(x, gates, gate_up, down)
+
+
+def fused_experts_deferring(
+    x: tf.Tensor,
+    indices: tf.Tensor,
+    gates: tf.Tensor,
+    gate_up: keras.Variable,
+    down: keras.Variable,
+    later: WeightGradients,
+) -> tf.Tensor:
+    """Return what `fused_experts` does; the gradients of both stacks wait in `later`.
+
+    Args:
+        x: as for `fused_experts`, as are the next two.
+        indices: `[T, K]`.
+        gates: `[T, K]`.
+        gate_up: `[E, D, 2I]`, or of one expert `[D, 2I]`.
+        down: `[E, I, D]`, or of one expert `[I, D]`.
+        later: where they wait, with `x`, the gradient of the result and 3I numbers an assignment.
+    """
+    weights = gate_up, down
+    stacks = [
+        tf.reshape(tf.convert_to_tensor(weight), [-1, *weight.shape[-2:]]) for weight in weights
+    ]
+
+    def compute(*operands: tf.Tensor) -> list[tf.Tensor]:
+        gradients = operations().ds_experts_weight_grad(*operands, W=stacks[0].dtype)
+        return [tf.reshape(g, w.shape) for g, w in zip(gradients, weights, strict=True)]
+
+    @tf.custom_gradient
+    def summed(
+        x: tf.Tensor, gates: tf.Tensor
+    ) -> tuple[tf.Tensor, Callable[[tf.Tensor], tuple[tf.Tensor, ...]]]:
+        done = _experts(x, indices, gates, *stacks)
+
+        def gradient(dy: tf.Tensor) -> tuple[tf.Tensor, ...]:
+            found = operations().ds_experts_input_grad(
+                x=x,
+                gates=gates,
+                up=stacks[0],
+                down=stacks[1],
+                kept=done.kept,
+                order=done.order,
+                offsets=done.offsets,
+                dy=dy,
+            )
+            operands = [x, found.middle, found.wide, done.order, done.offsets, dy]
+            later.put_together(weights, operands, compute)
+            return tf.cast(tf.ensure_shape(found.dx, x.shape), x.dtype), found.dgates
+
+        return done.y, gradient
+
+    return summed(x, gates)
 
 
 class ExpertsDone(NamedTuple):

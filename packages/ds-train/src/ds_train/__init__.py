@@ -3,8 +3,9 @@
 from ds_train.callbacks import Callback, StepMetrics
 from ds_train.config import TrainConfig
 from ds_train.errors import CheckpointError, DataError, TrainConfigError, TrainError
-from ds_train.memory import PipelinePart, TrainingMemory, training_memory
+from ds_train.memory import TrainingMemory, training_memory
 from ds_train.optimizer import AdamW
+from ds_train.pipeline_part import Holding, PipelinePart
 from ds_train.pretrain import RunResult, pretrain
 from ds_train.quickstart import quickstart, quickstart_config
 from ds_train.schedule import WarmupConstantCosine
@@ -17,6 +18,7 @@ __all__ = [
     "Callback",
     "CheckpointError",
     "DataError",
+    "Holding",
     "OperandStats",
     "PipelinePart",
     "RunResult",

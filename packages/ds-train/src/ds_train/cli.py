@@ -24,9 +24,10 @@ from ds_model import ConfigError, ModelConfig
 from ds_train.config import TrainConfig
 from ds_train.data import read_files
 from ds_train.errors import TrainConfigError, TrainError
-from ds_train.memory import TrainingMemory, training_memory
+from ds_train.memory_text import show_memory, show_ranks
 from ds_train.new_notebook import new_notebook
 from ds_train.parallel import Costs, Timetable, make_schedule, published_bubble
+from ds_train.parallel.memory import memory_of_ranks
 from ds_train.parallel.on_ray import train_on_ray
 from ds_train.parallel.text import timetable_text
 from ds_train.parallel.worker import leave
@@ -287,22 +288,29 @@ def memory_command(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a training step holds in memory, part by part; nothing is trained."""
+    """Say what a training step holds in memory, part by part; nothing is trained.
+
+    Of a run on many ranks, what each pipeline rank holds.
+    """
     with _one_line_errors():
         settings = TrainConfig.from_file(config)
-        table, length = settings.train, settings.data.sequence_length
-        batch = table.batch_size // table.accumulation
-        model = settings.model.build()
+        if measure and settings.parallel.ranks > 1:
+            raise TrainConfigError(f"{config}: --measure is for one process; [parallel] has more")
         try:
-            found = training_memory(model, batch, length, table.dtype_policy, table.recompute)
+            batch, found = memory_of_ranks(settings)
         except ValueError as error:
             raise TrainConfigError(f"{config}: no closed form for this: {error}") from error
         measured = measure_step(settings) if measure else None
     if as_json:
-        values = asdict(found) | {"step": found.step, "peak": found.peak, "measured": measured}
-        typer.echo(json.dumps(values, indent=2))
+        values = [asdict(rank) | {"step": rank.step, "peak": rank.peak} for rank in found]
+        only = values[0] | {"measured": measured}
+        typer.echo(json.dumps(only if len(found) == 1 else {"ranks": values}, indent=2))
         return
-    _show_memory(found, measured, f"{batch} x {length} tokens at a time")
+    title = f"{batch} x {settings.data.sequence_length} tokens at a time"
+    if len(found) == 1:
+        show_memory(found[0], measured, title)
+    else:
+        show_ranks(found, title)
 
 
 @app.command("new-notebook")
@@ -410,22 +418,6 @@ def _show(result: RunResult, as_json: bool) -> None:
             console.print(Panel(text, title=way, title_align="left"))
         console.print(drafting, highlight=False, soft_wrap=True)
     console.print(_next_steps(result), markup=False, highlight=False)
-
-
-def _show_memory(found: TrainingMemory, measured: int | None, title: str) -> None:
-    table = Table("what", "MiB", title=title)
-    table.columns[1].justify = "right"
-    for name, size in found.rows():
-        table.add_row(name, f"{size / 2**20:,.1f}")
-    console = Console()
-    console.print(table)
-    if measured is not None:
-        said = found.step + found.scratch
-        console.print(
-            f"Beside parameters and moments {said / 2**20:,.1f} MiB; measured "
-            f"{measured / 2**20:,.1f} ({measured / said - 1:+.0%}).",
-            highlight=False,
-        )
 
 
 def _next_steps(result: RunResult) -> str:

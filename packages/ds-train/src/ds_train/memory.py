@@ -6,27 +6,31 @@ Counted are the tensors that stand between operations when the compiled operatio
 - the loss: everything that the backward pass needs is there, and the logits with their gradient;
 - each block backwards: what is still kept, the gradients that are there already, and what the
   block works with; what `recompute` makes again, or all that a block had kept, comes back here;
-- the update: all gradients, and new values beside the old ones, one variable at a time.
+- the update: all gradients, and new values beside the old ones, one variable at a time;
+- on a pipeline rank, an exchange: what travels lies in several places.
 
-Not counted: Python and TensorFlow themselves, the graph, code, the allocator's slack, and what
-operations that run at once hold together: a measured peak was within 1% with one
-inter-operation thread, 14% to 26% higher with two. Without compiled operations more is kept.
+A pipeline rank holds several micro-batches at once. Where the backward pass comes in two halves,
+both sides of each weight's product wait in between, which is about as much as was kept before.
 
-Letters: B batch, S sequence, D hidden_size, H heads, N qk_nope_head_dim, R qk_rope_head_dim,
-V v_head_dim, C latent rank, I inner width, E experts, K experts a token.
+Not counted: Python and TensorFlow themselves, the graph, code, what the allocator loses, and what
+operations that run at once hold together. Without compiled operations more is kept.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import get_args
+from typing import NamedTuple, get_args
 
 from ds_model import ModelConfig, Recompute, parameters_by_part
+from ds_train.pipeline_part import Holding, PipelinePart
+from ds_train.token_memory import WIDE, TokenMemory
 
-WIDE = 4  # bytes of float32, which weights, gradients, moments, scores and logits are in
-INDEX = 4  # bytes of int32
+# Of what travels: two rows given, two within the collective, two taken; both ways once in the
+# transport; and what is left for the next.
+_COPIES = 9
 
 
 @dataclass(frozen=True)
@@ -37,10 +41,10 @@ class TrainingMemory:
         parameters: weights, and the routers' biases.
         moments: of AdamW: two numbers a weight.
         gradients: once all are there.
-        activations: what the forward pass keeps for the backward one, by part.
+        activations: what the forward pass keeps for the backward one, by part; on a pipeline rank
+            when it holds most, with what waits for weights' gradients.
         logits: with their gradient.
-        scratch: buffers that the experts' operation keeps from one step to the next, for one of
-            TensorFlow's inter-operation threads; each that happens to run it has its own.
+        scratch: buffers that the experts' operation keeps from one step to the next.
         moments_in_time: for each moment of the step, what is held beside parameters, moments
             and scratch.
     """
@@ -98,7 +102,8 @@ def training_memory(
         sequence: tokens of one.
         dtype_policy: "float32" or "mixed_bfloat16".
         recompute: what blocks run again; see `CausalLM.forward`.
-        part: which part of the model, and how often; all of it, once, if `None`.
+        part: which part of the model, and how often, as `Layout.memory_part` says; all of it, once,
+            if `None`. Every token counts as if the experts of its choice were here.
 
     Raises:
         ValueError: a size is not positive, or a policy is unknown.
@@ -114,176 +119,184 @@ def training_memory(
     sizes = {"float32": 4, "mixed_bfloat16": 2}
     if dtype_policy not in sizes:
         raise ValueError(f"dtype_policy is {dtype_policy!r}; it must be one of {', '.join(sizes)}")
-    part = part or PipelinePart(tuple(range(config.num_hidden_layers)))
-    return _Step(config, batch, sequence, sizes[dtype_policy], recompute, part).report()
+    part = part or PipelinePart((tuple(range(config.num_hidden_layers)),))
+    memory = TokenMemory(config, sizes[dtype_policy], recompute)
+    return _Step(memory, batch, sequence, part).report()
 
 
-@dataclass(frozen=True)
-class PipelinePart:
-    """What a pipeline rank has.
+class _Block(NamedTuple):
+    """Of one block, for all tokens of a micro-batch, bytes.
 
     Attributes:
-        blocks: numbers of its blocks.
-        embedding: whether it has the embedding.
-        end: whether it has what follows the last block.
-        in_flight: micro-batches whose activations it holds at once; see
-            `Schedule.peak_activations`.
+        number: of the block; MTP modules come behind the model's own.
+        needed: backwards.
+        held: until then.
+        waiting: between the backward pass' halves.
+        working: in its backward pass.
+        scratch: of its experts.
     """
 
-    blocks: tuple[int, ...]
-    embedding: bool = True
-    end: bool = True
-    in_flight: int = 1
+    number: int
+    needed: int
+    held: Counter[str]
+    waiting: int
+    working: int
+    scratch: int
+
+
+class _Stage:
+    """One stage, for one micro-batch, bytes.
+
+    Attributes:
+        blocks: in order.
+        head: what the head keeps.
+        logits: of all depths.
+    """
+
+    def __init__(self, step: _Step, numbers: tuple[int, ...], end: bool) -> None:
+        c = step.memory.config
+        depth = c.num_nextn_predict_layers if end else 0
+        self.blocks = [step.block(number, 0) for number in numbers]
+        self.blocks += [step.block(c.num_hidden_layers + k, k + 1) for k in range(depth)]
+        self.head = step.tokens(0) * step.memory.head() if end else 0
+        scored = sum(step.tokens(k) for k in range(depth + 1)) if end else 0
+        self.logits = scored * c.vocab_size * WIDE
+        # Of the head's product what waits: its input, and its result's gradient, which is narrow.
+        states = step.tokens(0) * c.hidden_size * step.memory.size if end else 0
+        self._head_waiting = states + self.logits * step.memory.size // WIDE
+
+    @property
+    def activations(self) -> Counter[str]:
+        """Count what the forward pass leaves, logits apart."""
+        return sum((block.held for block in self.blocks), Counter({"head": self.head}))
+
+    @property
+    def kept(self) -> int:
+        """Count all that it leaves."""
+        return self.activations.total() + self.logits
+
+    @property
+    def waiting(self) -> int:
+        """Count what waits between the backward pass' halves."""
+        return sum(block.waiting for block in self.blocks) + self._head_waiting
+
+    def backwards(self, again: bool, split: bool) -> Iterator[tuple[str, int, int]]:
+        """Say what is held as the backward pass goes on.
+
+        Args:
+            again: whether blocks run again.
+            split: whether weights' gradients come later.
+
+        Yields:
+            A name, bytes, and how many blocks have their gradients then.
+        """
+        if self.logits:
+            yield "the loss", self.kept + self.logits, 0
+        waiting = self._head_waiting if split else 0
+        for i in reversed(range(len(self.blocks))):
+            block = self.blocks[i]
+            below = sum(other.held.total() for other in self.blocks[: i + 1])
+            # Of a block that runs again its input stands beside all that it makes.
+            returned = block.needed - (0 if again else block.held.total())
+            held = below + block.working + returned + waiting
+            yield f"block {block.number} backwards", held, len(self.blocks) - i
+            waiting += block.waiting if split else 0
 
 
 @dataclass(frozen=True)
 class _Step:
-    config: ModelConfig
+    memory: TokenMemory
     batch: int
     sequence: int
-    size: int  # bytes of a number that blocks compute with
-    recompute: Recompute
     part: PipelinePart
 
     def report(self) -> TrainingMemory:
-        c, part = self.config, self.part
-        depth = c.num_nextn_predict_layers if part.end else 0
-        blocks = [(c.is_moe_layer(i), self._tokens(0)) for i in part.blocks]
-        mtp = [(c.is_moe_layer(c.num_hidden_layers), self._tokens(k + 1)) for k in range(depth)]
-        # Of each block: what it needs backwards, what it holds until then, and its tokens.
-        stack = [(self._kept(moe), self._held(moe, mtp=False), n) for moe, n in blocks]
-        stack += [
-            (self._kept(moe) + self._mtp_kept(), self._held(moe, mtp=True), n) for moe, n in mtp
+        c, part = self.memory.config, self.part
+        last = len(part.stages) - 1
+        stages = [
+            _Stage(self, numbers, part.end and at == last) for at, numbers in enumerate(part.stages)
         ]
-        held = [
-            Counter({name: tokens * size for name, size in part.items() if size})
-            for _, part, tokens in stack
-        ]
-        # The head's input before and after its norm; the norm's scale, the label, the loss' sum.
-        ends = Counter[str]()
-        if part.end:
-            ends["head"] = self._tokens(0) * (2 * c.hidden_size * self.size + 2 * WIDE + INDEX)
-        scored = sum(self._tokens(k) for k in range(depth + 1)) if part.end else 0
-        logits = 2 * scored * c.vocab_size * WIDE
-        parameters = self._parameters()
-        activations = sum((Counter(kept) for kept in held), ends)
-        activations = Counter({name: part.in_flight * n for name, n in activations.items()})
+        shared, experts = self._parameters()
+        parameters = shared + experts
+        owned = shared / (part.ep * part.zero) + experts / part.zero if part.zero else parameters
+        moments = {"the update": WIDE * (parameters + 2 * _largest(c))}
+        for name, held in self._moments(stages, parameters):
+            moments[name] = max(held, moments.get(name, 0))
         return TrainingMemory(
             parameters=WIDE * parameters,
-            moments=2 * WIDE * parameters,
+            moments=2 * WIDE * round(owned),
             gradients=WIDE * parameters,
-            activations=dict(activations),
-            logits=logits,
-            scratch=self._scratch(blocks + mtp),
-            moments_in_time=self._moments(stack, held, ends["head"], logits, parameters),
+            activations=self._activations(stages),
+            logits=2 * stages[-1].logits,
+            scratch=max(block.scratch for stage in stages for block in stage.blocks),
+            moments_in_time=moments,
         )
 
-    def _moments(
-        self,
-        stack: list[tuple[Counter[str], Counter[str], int]],
-        held: list[Counter[str]],
-        head: int,
-        logits: int,
-        parameters: int,
-    ) -> dict[str, int]:
-        kept = [sum(part.values()) for part in held]
-        others = (self.part.in_flight - 1) * (sum(kept) + head)  # of other micro-batches
-        found = {"the loss": others + sum(kept) + head + logits}
+    def tokens(self, depth: int) -> int:
+        return self.batch * (self.sequence - depth)
+
+    def block(self, number: int, depth: int) -> _Block:
+        """Count one block; `depth` is that of its MTP module, 0 if it is in none."""
+        memory, c, tokens = self.memory, self.memory.config, self.tokens(depth)
+        kind = c.is_moe_layer(min(number, c.num_hidden_layers)), depth > 0
+        held = {name: tokens * size for name, size in memory.held(*kind).items() if size}
+        return _Block(
+            number,
+            tokens * memory.needed(*kind).total(),
+            Counter(held),
+            tokens * memory.waiting(*kind),
+            tokens * memory.working(),
+            tokens * memory.scratch(kind[0]),
+        )
+
+    def _moments(self, stages: list[_Stage], parameters: int) -> Iterator[tuple[str, int]]:
+        c = self.memory.config
         # Blocks' shares of the weights differ little from equal ones, so far as memory goes.
-        outside = 2 * self.config.vocab_size * self.config.hidden_size
-        share = max(parameters - outside, 0) / len(stack)
-        for i in reversed(range(len(stack))):
-            needed, waiting, tokens = stack[i]
-            gradients = WIDE * (outside // 2 + share * (len(stack) - i))
-            works = tokens * self._working()
-            # Of a block that runs again its input stands beside all that it makes.
-            again = self.recompute == "block"
-            returned = tokens * (sum(needed.values()) - (0 if again else sum(waiting.values())))
-            here = others + sum(kept[: i + 1]) + gradients + works + returned
-            found[f"block {i} backwards"] = round(here)
-        found["the update"] = WIDE * (parameters + 2 * _largest(self.config))
+        outside = 2 * c.vocab_size * c.hidden_size
+        share = max(parameters - outside, 0) / sum(len(stage.blocks) for stage in stages)
+        state = self.tokens(0) * c.hidden_size * self.memory.size
+        for now in self.part.holdings:
+            everything = self._held(stages, now)
+            if now.doing is None:
+                if self.part.rows:
+                    yield "an exchange", everything + _COPIES * self.part.rows * state
+                continue
+            if now.doing == "W":
+                yield "gradients put off", everything + WIDE * parameters
+                continue
+            stage = stages[now.at]
+            others = everything - stage.kept
+            again, split = self.memory.recompute == "block", now.doing == "I"
+            for name, held, done in stage.backwards(again, split):
+                gradients = WIDE * (outside // 2 + share * done) if done else 0
+                yield name, round(others + held + gradients)
+
+    def _held(self, stages: list[_Stage], now: Holding) -> int:
+        found = 0
+        for stage, kept, waiting in zip(stages, now.kept, now.waiting, strict=True):
+            found += kept * stage.kept + waiting * stage.waiting
         return found
 
-    def _parameters(self) -> int:
-        c, part, parts = self.config, self.part, parameters_by_part(self.config)
-        names = [f"blocks.{i}" for i in part.blocks]
+    def _activations(self, stages: list[_Stage]) -> dict[str, int]:
+        most = max(self.part.holdings, key=lambda now: self._held(stages, now))
+        found = Counter[str]()
+        for stage, kept, waiting in zip(stages, most.kept, most.waiting, strict=True):
+            found.update({name: kept * size for name, size in stage.activations.items()})
+            found["logits of other micro-batches"] += max(kept - 1, 0) * stage.logits
+            found["what weights' gradients wait for"] += waiting * stage.waiting
+        return {name: size for name, size in found.items() if size}
+
+    def _parameters(self) -> tuple[int, int]:
+        """Count the numbers that all replicas have, and those of the experts here."""
+        c, part, parts = self.memory.config, self.part, parameters_by_part(self.memory.config)
+        names = [f"blocks.{i}" for stage in part.stages for i in stage]
         if part.embedding:
             names.append("embed_tokens")
         if part.end:
             names += [name for name in ("norm", "lm_head") if name in parts]
             names += [f"mtp.{k}" for k in range(c.num_nextn_predict_layers)]
-        return sum(parts[name].shared + parts[name].experts for name in names)
-
-    def _tokens(self, depth: int) -> int:
-        return self.batch * (self.sequence - depth)
-
-    def _held(self, moe: bool, mtp: bool) -> Counter[str]:
-        """What the forward pass leaves of one token in one block."""
-        found, c = self._kept(moe), self.config
-        if self.recompute == "block":
-            states = 3 if mtp else 1  # an MTP module: two ways in, and what it gives to the head
-            inputs = states * c.hidden_size * self.size
-            return Counter({"block inputs": inputs, "routing": found["routing"]})
-        if self.recompute == "parts":
-            found["residuals and norms"] -= 2 * (c.hidden_size * self.size + WIDE)
-            if moe and self.size < WIDE:
-                found["experts"] -= c.hidden_size * WIDE  # what the router reads
-            latents = (c.q_lora_rank or 0) + c.kv_lora_rank + c.qk_rope_head_dim
-            found["latents"] = latents * self.size
-            found["queries, keys, values"] = 0
-        return found + self._mtp_kept() if mtp else found
-
-    def _kept(self, moe: bool) -> Counter[str]:
-        """What a block keeps of one token: the inputs of its products and norms, first of all."""
-        c, size = self.config, self.size
-        heads, key = c.num_attention_heads, c.qk_nope_head_dim + c.qk_rope_head_dim
-        rank = c.q_lora_rank or 0
-        found = Counter[str]()
-        # Twice: what the norm was given and what it gave, and its scale.
-        found["residuals and norms"] = 2 * (2 * c.hidden_size * size + WIDE)
-        # Both latents before and after their norms; the rotated key.
-        latents = 2 * rank + 2 * c.kv_lora_rank + c.qk_rope_head_dim
-        found["latents"] = latents * size + (WIDE if rank else 0) + WIDE
-        expanded = key + c.qk_nope_head_dim + c.v_head_dim  # a head's query, key and value
-        found["queries, keys, values"] = heads * expanded * size
-        found["attention's output"] = heads * (c.v_head_dim * size + WIDE)
-        if not moe:
-            found["feed-forward"] = 2 * c.intermediate_size * size + INDEX
-            return found
-        experts, chosen = c.n_routed_experts or 0, c.num_experts_per_tok or 0
-        width = c.moe_intermediate_size or 0
-        found["experts"] = chosen * (2 * width * size + INDEX)
-        if c.n_shared_experts:
-            found["experts"] += 2 * width * c.n_shared_experts * size + INDEX
-        found["routing"] = experts * WIDE + chosen * (WIDE + INDEX)
-        if size < WIDE:
-            found["experts"] += c.hidden_size * WIDE  # the router reads float32
-        return found
-
-    def _mtp_kept(self) -> Counter[str]:
-        """What an MTP module keeps of one token around its block."""
-        c = self.config
-        # Both states, both side by side after their norms, and the norm's two sides at the end.
-        return Counter({"MTP around its block": 6 * c.hidden_size * self.size + 3 * WIDE})
-
-    def _working(self) -> int:
-        """What a block's backward pass makes of one token, in attention, where it is most."""
-        c, size = self.config, self.size
-        heads, key = c.num_attention_heads, c.qk_nope_head_dim + c.qk_rope_head_dim
-        # Gradients of: the residual, output, queries, keys and values, and each head's rotated
-        # key in float32.
-        values = c.hidden_size + heads * (key + c.qk_nope_head_dim + 2 * c.v_head_dim)
-        return values * size + heads * c.qk_rope_head_dim * WIDE
-
-    def _scratch(self, layers: list[tuple[bool, int]]) -> int:
-        """What the experts' backward pass works in: three times their inner width, float32."""
-        c = self.config
-        most = 0
-        for moe, tokens in layers:
-            width = c.moe_intermediate_size or 0
-            inner = width * max(c.num_experts_per_tok or 0, c.n_shared_experts or 0)
-            most = max(most, tokens * (inner if moe else c.intermediate_size))
-        return 3 * WIDE * most
+        shared = sum(parts[name].shared for name in names)
+        return shared, sum(parts[name].experts for name in names) // part.ep
 
 
 def _largest(config: ModelConfig) -> int:

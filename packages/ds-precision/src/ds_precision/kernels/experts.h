@@ -39,7 +39,8 @@ constexpr int64_t kFewAssignments = 256;
 void sum_few(const Groups& down, int64_t tokens, const float* gates, int32_t per_token,
              const int32_t* order, Type type, char* y) {
   const int64_t hidden = down.columns, assignments = tokens * per_token;
-  float* parts = scratch(3, assignments * hidden);
+  const Buffer buffer(assignments * hidden);
+  float* parts = buffer.floats();
   grouped(down, [&](int64_t row, int64_t column, Vec first, Vec second, int64_t count) {
     const float gate = gates[order[row]];
     each(column, first, second, count, [&](int64_t at, Vec value, int real) {
@@ -68,7 +69,8 @@ void run_experts(const View& x, int64_t tokens, const Experts& experts, const fl
   const int64_t inner = experts.inner, hidden = experts.hidden;
   const int64_t assignments = tokens * per_token;
   const int64_t size = size_of(x.type);
-  char* middle = reinterpret_cast<char*>(scratch(2, assignments * inner));
+  const Buffer activated(assignments * inner);
+  char* middle = activated.bytes();
   View rows = x;
   rows.index = order;
   rows.share = per_token;
@@ -88,7 +90,8 @@ void run_experts(const View& x, int64_t tokens, const Experts& experts, const fl
     return;
   }
   const bool narrow = x.type != Type::kFloat;
-  float* sums = narrow ? scratch(3, tokens * hidden) : reinterpret_cast<float*>(y);
+  const Buffer wide(narrow ? tokens * hidden : 0);
+  float* sums = narrow ? wide.floats() : reinterpret_cast<float*>(y);
   std::memset(sums, 0, tokens * hidden * 4);
   grouped_in_order(down, [&](int64_t row, int64_t column, Vec first, Vec second, int64_t count) {
     const float gate = gates[order[row]];
@@ -108,20 +111,20 @@ void run_experts(const View& x, int64_t tokens, const Experts& experts, const fl
   });
 }
 
-// The gradients of `run_experts`, given dy. What SwiGLU gave is computed again, not kept.
-void run_experts_backward(const View& x, int64_t tokens, const Experts& experts,
-                          const float* gates, int32_t per_token, const int32_t* order,
-                          const int32_t* offsets, const char* kept, const View& dy, float* dx,
-                          float* dgates, Type weight, char* dup, char* ddown) {
+// The gradients of the operands of `run_experts` but the weights, given dy. What SwiGLU gave is
+// computed again, not kept. For the weights' it leaves `middle [A, I]`, SwiGLU's output times the
+// gate, and `wide [A, 2I]`, the gradient of its input.
+void experts_input_gradients(const View& x, int64_t tokens, const Experts& experts,
+                             const float* gates, int32_t per_token, const int32_t* order,
+                             const int32_t* offsets, const char* kept, const View& dy, float* dx,
+                             float* dgates, char* middle, char* wide) {
   const int64_t inner = experts.inner, hidden = experts.hidden;
   const int64_t assignments = tokens * per_token;
   const int64_t size = size_of(x.type);
-  char* middle = reinterpret_cast<char*>(scratch(2, assignments * inner));
-  char* wide = reinterpret_cast<char*>(scratch(3, assignments * 2 * inner));
-  const View activations{middle, x.type, inner}, slopes{wide, x.type, 2 * inner};
-  View rows = x, above = dy;
-  rows.index = above.index = order;
-  rows.share = above.share = per_token;
+  const View slopes{wide, x.type, 2 * inner};
+  View above = dy;
+  above.index = order;
+  above.share = per_token;
 
   Groups back = experts.through_down(above, offsets);  // dy W_down^T: [A, I]
   back.b.transposed = true;
@@ -165,10 +168,33 @@ void run_experts_backward(const View& x, int64_t tokens, const Experts& experts,
       store(Type::kFloat, p, load(Type::kFloat, p, real) + value, real);
     });
   });
-  grouped_outer(rows, slopes, hidden, 2 * inner, experts.count, offsets,
-                weight, dup);
-  grouped_outer(activations, above, inner, hidden, experts.count, offsets, weight,
-                ddown);
+}
+
+// The gradients of the weights of `run_experts`, of what `experts_input_gradients` left.
+void experts_weight_gradients(const View& x, const Experts& experts, int32_t per_token,
+                              const int32_t* order, const int32_t* offsets, const View& dy,
+                              const char* middle, const char* wide, Type weight, char* dup,
+                              char* ddown) {
+  const int64_t inner = experts.inner, hidden = experts.hidden;
+  const View activations{middle, x.type, inner}, slopes{wide, x.type, 2 * inner};
+  View rows = x, above = dy;
+  rows.index = above.index = order;
+  rows.share = above.share = per_token;
+  grouped_outer(rows, slopes, hidden, 2 * inner, experts.count, offsets, weight, dup);
+  grouped_outer(activations, above, inner, hidden, experts.count, offsets, weight, ddown);
+}
+
+// All gradients of `run_experts`, given dy.
+void run_experts_backward(const View& x, int64_t tokens, const Experts& experts,
+                          const float* gates, int32_t per_token, const int32_t* order,
+                          const int32_t* offsets, const char* kept, const View& dy, float* dx,
+                          float* dgates, Type weight, char* dup, char* ddown) {
+  const int64_t assignments = tokens * per_token;
+  const Buffer middle(assignments * experts.inner), wide(assignments * 2 * experts.inner);
+  experts_input_gradients(x, tokens, experts, gates, per_token, order, offsets, kept, dy, dx,
+                          dgates, middle.bytes(), wide.bytes());
+  experts_weight_gradients(x, experts, per_token, order, offsets, dy, middle.bytes(),
+                           wide.bytes(), weight, dup, ddown);
 }
 
 }  // namespace ds

@@ -92,25 +92,70 @@ void experts_op(Context& c, const Attributes& attributes) {
               offsets, attributes.keep ? kept : nullptr, y);
 }
 
-// x, gates, up, down, kept, order, offsets, dy -> dx [..., D] float32, dgates [T, K], dup, ddown
+// What both backward operations of experts begin with: x, gates, up, down, kept, order, offsets, dy.
+struct ExpertsBackward {
+  ExpertsBackward(Context& c)
+      : x(c.input(0)), gates(c.input(1)), up(c.input(2)), kept(c.input(4)),
+        experts(experts_of(x, up, nullptr, c.input(3), nullptr)),
+        one(TF_TensorElementCount(gates) == 0), tokens(rows_of(x)),
+        per_token(one ? 1 : last(gates)), order(data<int32_t>(c.input(5))),
+        offsets(data<int32_t>(c.input(6))), dy(matrix(c.input(7))), ones(one ? tokens : 0, 1.f),
+        unread(ones.size()) {
+    require(TF_Dim(kept, 0) == tokens * per_token, "the forward pass did not keep what this needs");
+    dx = reinterpret_cast<float*>(c.output(0, TF_FLOAT, shape_with_last(x, experts.hidden)));
+    auto* given = c.output(1, TF_FLOAT, {one ? 0 : tokens, per_token});
+    dgates = one ? unread.data() : reinterpret_cast<float*>(given);
+  }
+
+  const float* weighed() const { return one ? ones.data() : data<float>(gates); }
+
+  TF_Tensor *x, *gates, *up, *kept;
+  Experts experts;
+  bool one;
+  int64_t tokens, per_token;
+  const int32_t *order, *offsets;
+  View dy;
+  std::vector<float> ones, unread;
+  float *dx, *dgates;
+};
+
+// -> dx [..., D] float32, dgates [T, K], dup, ddown
 void experts_grad_op(Context& c, const Attributes&) {
-  TF_Tensor *x = c.input(0), *gates = c.input(1), *up = c.input(2), *down = c.input(3);
-  TF_Tensor *kept = c.input(4), *order = c.input(5), *offsets = c.input(6), *dy = c.input(7);
-  const Experts experts = experts_of(x, up, nullptr, down, nullptr);
-  const bool one = TF_TensorElementCount(gates) == 0;
-  const int64_t tokens = rows_of(x), per_token = one ? 1 : last(gates);
-  const std::vector<float> ones(one ? tokens : 0, 1.f);
-  require(TF_Dim(kept, 0) == tokens * per_token, "the forward pass did not keep what this needs");
-  auto* dx = reinterpret_cast<float*>(c.output(0, TF_FLOAT, shape_with_last(x, experts.hidden)));
-  auto* dgates =
-      reinterpret_cast<float*>(c.output(1, TF_FLOAT, {one ? 0 : tokens, per_token}));
-  std::vector<float> unread(ones.size());
-  const TF_DataType weight = TF_TensorType(up);
-  char* dup = c.output(2, weight, {experts.count, experts.hidden, 2 * experts.inner});
-  char* ddown = c.output(3, weight, {experts.count, experts.inner, experts.hidden});
-  run_experts_backward(matrix(x), tokens, experts, one ? ones.data() : data<float>(gates),
-                       per_token, data<int32_t>(order), data<int32_t>(offsets), data<char>(kept),
-                       matrix(dy), dx, one ? unread.data() : dgates, type_of(weight), dup, ddown);
+  const ExpertsBackward b(c);
+  const Experts& e = b.experts;
+  const TF_DataType weight = TF_TensorType(b.up);
+  char* dup = c.output(2, weight, {e.count, e.hidden, 2 * e.inner});
+  char* ddown = c.output(3, weight, {e.count, e.inner, e.hidden});
+  run_experts_backward(matrix(b.x), b.tokens, e, b.weighed(), b.per_token, b.order, b.offsets,
+                       data<char>(b.kept), b.dy, b.dx, b.dgates, type_of(weight), dup, ddown);
+}
+
+// -> dx [..., D] float32, dgates [T, K], middle [A, I], wide [A, 2I]
+void experts_input_grad_op(Context& c, const Attributes&) {
+  const ExpertsBackward b(c);
+  const Experts& e = b.experts;
+  const TF_DataType type = TF_TensorType(b.x);
+  char* middle = c.output(2, type, {b.tokens * b.per_token, e.inner});
+  char* wide = c.output(3, type, {b.tokens * b.per_token, 2 * e.inner});
+  experts_input_gradients(matrix(b.x), b.tokens, e, b.weighed(), b.per_token, b.order, b.offsets,
+                          data<char>(b.kept), b.dy, b.dx, b.dgates, middle, wide);
+}
+
+// x, middle, wide, order, offsets, dy -> dup [E, D, 2I], ddown [E, I, D]
+void experts_weight_grad_op(Context& c, const Attributes&) {
+  TF_Tensor *x = c.input(0), *middle = c.input(1), *wide = c.input(2), *offsets = c.input(4);
+  const int64_t tokens = rows_of(x), assignments = rows_of(middle);
+  const int64_t count = TF_TensorElementCount(offsets) - 1;
+  require(rows_of(wide) == assignments && TF_TensorElementCount(c.input(3)) == assignments &&
+              last(wide) == 2 * last(middle) && (!tokens || assignments % tokens == 0),
+          "middle, wide, order and x do not fit together");
+  const Experts e{{}, {}, count, last(x), last(middle)};
+  const TF_DataType weight = c.output_type(0);
+  char* dup = c.output(0, weight, {count, e.hidden, 2 * e.inner});
+  char* ddown = c.output(1, weight, {count, e.inner, e.hidden});
+  experts_weight_gradients(matrix(x), e, tokens ? assignments / tokens : 1,
+                           data<int32_t>(c.input(3)), data<int32_t>(offsets), matrix(c.input(5)),
+                           data<char>(middle), data<char>(wide), type_of(weight), dup, ddown);
 }
 
 // q [B, S, H, Q], kv [B, L, H, N + V], k_rope [B, L, R], cosines and sines [B or 1, S, R / 2],
@@ -429,10 +474,16 @@ __attribute__((constructor)) void declare_all() {
                           {"x: T", "indices: int32", "gates: float", "up: W", "up_scales: S",
                            "down: W", "down_scales: S"},
                           {"y: T", "kept: T", "order: int32", "offsets: int32"});
-  declare<experts_grad_op>("DsExpertsGrad", {kType, "W: {float, bfloat16}"},
-                               {"x: T", "gates: float", "up: W", "down: W", "kept: T",
-                                "order: int32", "offsets: int32", "dy: T"},
+  const Names experts = {"x: T", "gates: float", "up: W", "down: W", "kept: T", "order: int32",
+                         "offsets: int32", "dy: T"};
+  declare<experts_grad_op>("DsExpertsGrad", {kType, "W: {float, bfloat16}"}, experts,
                                {"dx: float", "dgates: float", "dup: W", "ddown: W"});
+  declare<experts_input_grad_op>("DsExpertsInputGrad", {kType, "W: {float, bfloat16}"}, experts,
+                                 {"dx: float", "dgates: float", "middle: T", "wide: T"});
+  declare<experts_weight_grad_op>("DsExpertsWeightGrad", {kType, "W: {float, bfloat16}"},
+                                  {"x: T", "middle: T", "wide: T", "order: int32",
+                                   "offsets: int32", "dy: T"},
+                                  {"dup: W", "ddown: W"});
   const Names attention = {"q: T", "kv: T", "k_rope: T", "cosines: float", "sines: float",
                            "slots: int32", "valid: bool"};
   Names backward = attention;

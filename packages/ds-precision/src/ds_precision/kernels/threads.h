@@ -1,4 +1,4 @@
-// Threads of our own, and each one's own memory.
+// Threads of our own, and the memory that they work in.
 
 #pragma once
 
@@ -8,9 +8,12 @@
 #include <cstdint>
 #include <cstdlib>
 #include <functional>
+#include <iterator>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <utility>
 
 namespace ds {
 
@@ -93,20 +96,67 @@ class Threads {
   int started_ = 0, allowed_ = 1;
 };
 
+// 64 bytes at least, aligned for vectors.
+struct Free { void operator()(float* p) const { std::free(p); } };
+using Memory = std::unique_ptr<float, Free>;
+Memory allocate(int64_t count) {
+  const int64_t bytes = std::max<int64_t>(64, (count * 4 + 63) / 64 * 64);
+  return Memory(static_cast<float*>(std::aligned_alloc(64, bytes)));
+}
+
 // A thread's own buffers; they grow to the largest size asked for, and are never null: an expert
-// without tokens asks for none. 0: the left side of a product, 1: its panels, 2 and on: what an
-// operation keeps between its products.
+// without tokens asks for none. 0: the left side of a product, 1: its panels, 2: what one head of
+// attention takes.
 float* scratch(int which, int64_t count) {
-  struct Free { void operator()(float* p) const { std::free(p); } };
-  thread_local std::unique_ptr<float, Free> buffers[5];
-  thread_local int64_t sizes[5] = {};
+  thread_local Memory buffers[3];
+  thread_local int64_t sizes[3] = {};
   if (!buffers[which] || sizes[which] < count) {
-    const int64_t bytes = std::max<int64_t>(64, (count * 4 + 63) / 64 * 64);
-    buffers[which].reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
+    buffers[which] = allocate(count);
     sizes[which] = count;
   }
   return buffers[which].get();
 }
+
+// What an operation keeps between its products: as large as its tokens are many. Buffers belong to
+// no thread, so there are as many as operations run at once; were they a thread's own, each of
+// TensorFlow's inter-operation threads would come to have them.
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) {
+    std::lock_guard<std::mutex> lock(mutex());
+    auto& free = unused();  // by size
+    auto found = free.lower_bound(count);
+    if (found == free.end()) {
+      if (!free.empty()) free.erase(std::prev(found));  // it grows
+      found = free.emplace(count, allocate(count));
+    }
+    size_ = found->first;
+    memory_ = std::move(found->second);
+    free.erase(found);
+  }
+  ~Buffer() {
+    std::lock_guard<std::mutex> lock(mutex());
+    unused().emplace(size_, std::move(memory_));
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  float* floats() const { return memory_.get(); }
+  char* bytes() const { return reinterpret_cast<char*>(memory_.get()); }
+
+ private:
+  static std::mutex& mutex() {
+    static std::mutex* one = new std::mutex;  // live as long as the process, as threads do
+    return *one;
+  }
+  static std::multimap<int64_t, Memory>& unused() {
+    static auto* all = new std::multimap<int64_t, Memory>;
+    return *all;
+  }
+
+  int64_t size_;
+  Memory memory_;
+};
 
 // Runs `visit(first, end)` on shares of `count` rows.
 void shared_rows(int64_t count, const std::function<void(int64_t, int64_t)>& visit) {

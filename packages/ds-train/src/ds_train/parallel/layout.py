@@ -13,6 +13,7 @@ from ds_moe import ExpertRanks
 from ds_train.errors import TrainConfigError
 from ds_train.parallel.mesh import Group, Mesh
 from ds_train.parallel.schedules import Schedule
+from ds_train.pipeline_part import PipelinePart
 
 _EXPERTS = re.compile(r"/mlp/(gate_up_proj|down_proj)$")
 _BLOCK = re.compile(r"block_(\d+)/")
@@ -140,6 +141,25 @@ class Layout:
             embedding=pp in self._holders_of_embedding(),
             end=self.last_stage in stages,
             expert_ranks=expert_ranks,
+        )
+
+    def memory_part(self, pp: int, zero: bool = False) -> PipelinePart:
+        """Return what `training_memory` needs to know of a pipeline rank.
+
+        Args:
+            pp: which one.
+            zero: whether replicas share moments.
+        """
+        schedule, part = self.schedule, self.part(pp)
+        ways = len(self._ranks_of(0))
+        return PipelinePart(
+            tuple(self.blocks[stage] for stage in schedule.held_by(pp)),
+            part.embedding,
+            part.end,
+            tuple(dict.fromkeys(schedule.holdings(pp))),
+            schedule.exchange_rows(pp),
+            self.mesh.ep,
+            self.mesh.dp * ways if zero else 0,
         )
 
     def holders(self, name: str) -> tuple[int, ...]:

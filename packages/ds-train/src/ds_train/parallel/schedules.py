@@ -24,6 +24,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
+from ds_train.pipeline_part import Half, Holding
+
 Kind = Literal["F", "B", "I", "W"]
 Name = Literal["1f1b", "zb1p", "dualpipe", "dualpipev"]
 NAMES: tuple[str, ...] = get_args(Name)
@@ -151,15 +153,31 @@ class Schedule:
 
     def peak_activations(self, rank: int) -> int:
         """Return how many micro-batches a rank holds activations of, one stage each, at most."""
-        return max(sum(counts.values()) for counts in self.activations(rank))
+        return max(sum(now.kept) + sum(now.waiting) for now in self.holdings(rank))
 
-    def activations(self, rank: int) -> Iterator[Counter[int]]:
-        """Say after each slot's forward passes how many micro-batches a rank holds, by stage."""
-        held = Counter[int]()
+    def holdings(self, rank: int) -> Iterator[Holding]:
+        """Say what a rank holds in each backward work, and after each slot, in order."""
+        stages = self.held_by(rank)
+        kept, waiting = Counter[int](), Counter[int]()
+
+        def now(doing: Half | None = None, at: int = 0) -> Holding:
+            counts = (tuple(count[stage] for stage in stages) for count in (kept, waiting))
+            return Holding(doing, at, *counts)
+
         for slot in self.ranks[rank]:
-            held.update(work.stage for work in slot if work.kind == "F")
-            yield Counter(held)
-            held.subtract(work.stage for work in slot if work.kind in "BW")
+            kept.update(work.stage for work in slot if work.kind == "F")
+            for work in slot:
+                if work.kind != "F":
+                    yield now(work.kind, stages.index(work.stage))
+            kept.subtract(work.stage for work in slot if work.kind in "BI")
+            waiting.update(work.stage for work in slot if work.kind == "I")
+            waiting.subtract(work.stage for work in slot if work.kind == "W")
+            yield now()
+
+    def exchange_rows(self, rank: int) -> int:
+        """Return how many micro-batches' states a rank gives or takes in one exchange, at most."""
+        exchanges = (item for item in self.programs()[rank] if isinstance(item, Exchange))
+        return max((max(len(item.send), len(item.receive)) for item in exchanges), default=0)
 
     def programs(self) -> tuple[tuple[Slot | Exchange, ...], ...]:
         """Put the exchanges between the slots: for each rank all it does, in order.

@@ -360,7 +360,10 @@ def _pipeline(name: str, ranks: int, micro_batches: int) -> _Pipeline:
     schedule = make_schedule(name, ranks, micro_batches)
     held = tuple(schedule.held_by(rank) for rank in range(ranks))
     flights = tuple(
-        frozenset(tuple(sorted(counts.items())) for counts in schedule.activations(rank))
+        frozenset(
+            tuple((s, a + b) for s, a, b in zip(held[rank], now.kept, now.waiting, strict=True))
+            for now in schedule.holdings(rank)
+        )
         for rank in range(ranks)
     )
     return _Pipeline(schedule.stages, held, schedule.together, flights)
