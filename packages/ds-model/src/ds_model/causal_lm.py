@@ -25,7 +25,7 @@ from ds_model.fit import training_step
 from ds_model.generate import GenerationStats, Generator
 from ds_model.part import ModelPart
 from ds_model.recompute import Recompute, check_recompute, run_block
-from ds_moe import MixtureOfExperts, Routing
+from ds_moe import MixtureOfExperts, Placement, Routing
 from ds_precision import (
     Linear,
     check_mode,
@@ -141,6 +141,25 @@ class CausalLM(keras.Model):
         """
         blocks = [*self.blocks, *(module.block for module in self.mtp)]
         return [block.mlp for block in blocks if block.moe]
+
+    def place_experts(self, placement: Placement) -> None:
+        """Let busy experts lie on several ranks, for inference (arXiv 2412.19437, section 3.4.1).
+
+        For a model whose experts are dealt out (`ModelPart.expert_ranks`). All ranks call it
+        together, and may do so again as the load changes: weights move, outputs stay.
+
+        Args:
+            placement: of `rebalance_experts`, a layer a row, as `moe_layers` has them.
+
+        Raises:
+            ValueError: the placement is of another number of layers, or does not fit the ranks.
+        """
+        rows, layers = placement.physical_to_logical, self.moe_layers
+        if len(rows) != len(layers):
+            raise ValueError(f"placement is of {len(rows)} layers; {len(layers)} have experts")
+        for layer, row in zip(layers, rows, strict=True):
+            if layer.built:
+                layer.place(row)
 
     def call(
         self,

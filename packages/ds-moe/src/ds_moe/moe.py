@@ -9,9 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
+from numpy.typing import ArrayLike
 
 from ds_moe.config import MoEConfig
+from ds_moe.copies import Copies, move_experts
 from ds_moe.deferred_experts import deferred_experts
 from ds_moe.exchange import ExpertRanks, run_on_ranks
 from ds_moe.experts import run_experts
@@ -23,6 +26,7 @@ from ds_precision import (
     RestoresPolicy,
     check_mode,
     deferred_weight_gradients,
+    exchange_weight,
     experts_done,
     fp8_recipe,
     quantize_weights,
@@ -60,6 +64,7 @@ class MixtureOfExperts(RestoresPolicy, keras.layers.Layer):
                 name="shared_experts",
             )
         self._ranks: ExpertRanks | None = None
+        self._copies: Copies | None = None
 
     def deal_out(self, ranks: ExpertRanks) -> None:
         """Hold this rank's share of the routed experts alone; the others' are asked by `ranks`.
@@ -81,6 +86,36 @@ class MixtureOfExperts(RestoresPolicy, keras.layers.Layer):
                 f"{ranks.size} ranks"
             )
         self._ranks = ranks
+
+    def place(self, held: ArrayLike) -> None:
+        """Let busy experts lie on several ranks, for inference; all ranks call this together.
+
+        Weights move to where they are to lie, and do not train any more. May be called again, as
+        the load that is seen changes.
+
+        Args:
+            held: `[P]`: the expert that each copy is of, rank by rank; a row of
+                `Placement.physical_to_logical`.
+
+        Raises:
+            ValueError: the layer has no weights yet, its experts are not dealt out or are small
+                ones, ranks do not divide the copies, or an expert has none.
+        """
+        ranks = self._ranks
+        if ranks is None or not self.built or self.gate_up_proj is None:
+            raise ValueError(
+                f"{self.path}: copies need experts that are dealt out, built, not small"
+            )
+        after = Copies.of(held, self.config.n_routed_experts)
+        if len(after.held) % ranks.size:
+            raise ValueError(f"{len(after.held)} copies can't lie evenly on {ranks.size} ranks")
+        experts = self.config.n_routed_experts
+        before = self._copies or Copies.of(np.arange(experts), experts)
+        for name in ("gate_up_proj", "down_proj"):
+            stack = tf.convert_to_tensor(getattr(self, name))
+            moved = move_experts(stack, before, after, ranks)
+            setattr(self, name, *exchange_weight(self, name, {name: moved}))
+        self._copies = after
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         """Create the router and the stacked experts."""
@@ -115,12 +150,13 @@ class MixtureOfExperts(RestoresPolicy, keras.layers.Layer):
 
     @property
     def experts_here(self) -> int:
-        """How many routed experts this layer holds: all, or its rank's share."""
-        return self.config.n_routed_experts // (self._ranks.size if self._ranks else 1)
+        """How many routed experts this layer holds: all, or its rank's share, copies included."""
+        held = self.config.n_routed_experts if self._copies is None else len(self._copies.held)
+        return held // (self._ranks.size if self._ranks else 1)
 
     @property
     def first_expert(self) -> int:
-        """The first of them, counted over all ranks."""
+        """The first of them, counted over all ranks, copies included."""
         return self.experts_here * self._ranks.index if self._ranks else 0
 
     def call(self, x: tf.Tensor, token_mask: tf.Tensor | None = None) -> tuple[tf.Tensor, Routing]:
@@ -139,9 +175,12 @@ class MixtureOfExperts(RestoresPolicy, keras.layers.Layer):
         if self._ranks is None:
             y = self._run(x_TD, routing.indices, routing.gates)
         else:
+            chosen = routing.indices
+            if self._copies is not None:
+                chosen = self._copies.chosen(chosen, self._ranks.index)
             y = run_on_ranks(
                 x_TD,
-                routing.indices,
+                chosen,
                 routing.gates,
                 self.experts_here,
                 self._ranks,

@@ -13,6 +13,7 @@ Scales are bfloat16 for whole numbers, which are rounded after their scale is, a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import keras
@@ -160,6 +161,23 @@ def replace_weights(
     Returns:
         Two new weights of the layer, which do not train.
     """
+    named = {f"{name}_{part}": value for part, value in weights._asdict().items()}
+    return QuantizedWeights(*exchange_weight(layer, name, named))
+
+
+def exchange_weight(
+    layer: keras.layers.Layer, name: str, values: Mapping[str, tf.Tensor]
+) -> list[keras.Variable]:
+    """Put other weights in a weight's place and set the attribute `name` to `None`.
+
+    Args:
+        layer: whose weight it is; built.
+        name: of the attribute.
+        values: of any shapes and types, by the new weights' names.
+
+    Returns:
+        The new weights of the layer, which do not train.
+    """
     # As Keras' own layers do, but past `Layer.__delattr__`, which collects garbage for each weight:
     # half a minute for a hundred of them.
     layer._untrack_variable(getattr(layer, name))  # noqa: SLF001 - Keras has no public way
@@ -167,10 +185,10 @@ def replace_weights(
     setattr(layer, name, None)
     layer._tracker.unlock()  # noqa: SLF001 - a built layer takes no new weights otherwise
     made = []
-    for part, value in weights._asdict().items():
+    for new, value in values.items():
         tensor = tf.convert_to_tensor(value)
         weight = layer.add_weight(
-            name=f"{name}_{part}",
+            name=new,
             shape=tensor.shape,
             dtype=tensor.dtype.name,
             initializer=lambda *_, value=tensor, **__: value,  # Keras has no zeros of 8 bits
@@ -179,4 +197,4 @@ def replace_weights(
         )
         made.append(weight)
     layer._tracker.lock()  # noqa: SLF001 - see above
-    return QuantizedWeights(*made)
+    return made
