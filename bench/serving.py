@@ -169,31 +169,37 @@ def peers(
                 found.missing.append(f"{name}, {precision}: {error}")
         found.rounds[precision] = number + 1
         keep()
-    if GENERATE not in all_kept:
-        try:
-            all_kept[GENERATE] = generate(model, precision, environments, clients)
-        except PeerError as error:
-            found.missing.append(f"{GENERATE}, {precision}: {error}")
 
 
 def generate(
-    model: Path, precision: Precision, environments: Path, clients: tuple[int, ...]
-) -> Kept:
+    found: Found,
+    precision: Precision,
+    environments: Path,
+    clients: tuple[int, ...],
+    keep: Callable[[], None],
+) -> None:
     """Measure plain `generate` of transformers: all rows at once, without a server."""
     environment = Environment(PEERS["transformers"], environments)
-    environment.make()
-    kept = Kept()
+    kept = found.peers[precision].setdefault(GENERATE, Kept())
+    try:
+        environment.make()
+    except PeerError as error:
+        found.missing.append(f"{GENERATE}, {precision}: {error}")
+        return
     for count in clients:
+        if count in kept.crowds:
+            continue
         command = [str(environment.python), "-m", "bench.workers.transformers_generate"]
-        command += [str(model), precision, str(count), str(PROMPT), str(NEW)]
+        command += [str(WORK / "bench"), precision, str(count), str(PROMPT), str(NEW)]
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if run.returncode:
             reason = (run.stderr.strip().splitlines() or ["no message"])[-1]
-            raise PeerError(f"generate for {count} rows: {reason[:160]}")
+            found.missing.append(f"{GENERATE}, {precision}, {count} rows: {reason[:160]}")
+            return
         seconds = json.loads(run.stdout.splitlines()[-1])
         kept.crowds[count] = Crowd(speed=[round(count * NEW / s, 1) for s in seconds])
         say(f"  generate, {count} rows: {kept.crowds[count].speed}")
-    return kept
+        keep()
 
 
 def run_case(name: str, **given: Any) -> dict[str, Any]:
@@ -267,9 +273,11 @@ def measure(found: Found, given: argparse.Namespace, keep: Callable[[], None]) -
         if part == "peers":
             if given.again:
                 found.rounds, found.missing = {}, []
+            where = given.environments.resolve()
             for precision in given.precisions.split(","):
-                peers(found, precision, given.environments.resolve(), clients, keep)
-                keep()
+                peers(found, precision, where, clients, keep)
+            for precision in given.precisions.split(","):
+                generate(found, precision, where, clients, keep)
         elif not getattr(found, part):
             cases: dict[str, Callable[[], None]] = {
                 "engine": lambda: engine(found),
