@@ -1,6 +1,8 @@
 """Training on many ranks ends in the numbers of one process: each mesh is real processes here."""
 
+import json
 import shutil
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -106,6 +108,42 @@ def test_a_batch_that_ranks_do_not_divide_counts_each_sequence_once(token_file, 
     np.testing.assert_allclose(norms[0][0], norms[1][0], rtol=1e-6)
     np.testing.assert_allclose(*norms, rtol=1e-4)
     assert config.in_one_process().train.accumulation == 7
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("mesh", [{"dp": 2, "zero": 1}, {"pp": 2, "ep": 2}])
+def test_steps_that_are_not_finite_are_skipped_as_in_one_process(mesh, token_file, tmp_path):
+    changes = {"train": {"nonfinite": "skip", "steps": 4, "average_decay": 0.0}}
+    changes["schedule"] = {"peak": 1e30, "floor": 1e30, "final": 1e30, "warmup_steps": 1}
+    Trainer(config_of(**deepcopy(changes)), token_file, tmp_path / "alone").train()
+    start(config_of(mesh, **deepcopy(changes)), token_file, tmp_path / "ranks")
+    rows, expected = (
+        read_metrics(tmp_path / name / "metrics.jsonl") for name in ("ranks", "alone")
+    )
+    assert [row["skipped"] for row in rows] == [row["skipped"] for row in expected]
+    assert rows[-1]["skipped"] == 3  # the first step takes the weights so far
+    assert rows[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-5)
+
+
+@pytest.mark.ranks
+def test_float16_is_scaled_as_in_one_process(token_file, tmp_path):
+    train = {"dtype_policy": "mixed_float16", "steps": 6}
+    Trainer(config_of(train=dict(train)), token_file, tmp_path / "alone").train()
+    config = config_of({"pp": 2, "dp": 2, "zero": 1}, train=dict(train))
+    start(config, token_file, tmp_path / "ranks")
+    rows, expected = (
+        read_metrics(tmp_path / name / "metrics.jsonl") for name in ("ranks", "alone")
+    )
+    for name in ("skipped", "loss_scale"):
+        assert [row[name] for row in rows] == [row[name] for row in expected]
+    for name in ("loss", "gradient_norm"):
+        values = [[row[name] for row in run] for run in (rows, expected)]
+        np.testing.assert_allclose(*values, rtol=0.02, err_msg=name)
+    states = [
+        json.loads((tmp_path / name / "checkpoints" / "step-00000006" / "state.json").read_text())
+        for name in ("ranks", "alone")
+    ]
+    assert states[0]["loss_scaling"] == states[1]["loss_scaling"]
 
 
 @pytest.mark.ranks

@@ -141,12 +141,12 @@ def test_the_run_counts_what_it_skipped_and_remembers(tmp_path):
 def test_float16_finds_a_scale_and_learns(tmp_path):
     config = TrainConfig.from_dict(tables(train={"dtype_policy": "mixed_float16", "log_every": 1}))
     trainer = Trainer(config, tokens(), tmp_path)
-    trainer._share._step.loss_scale.assign(2.0**24)  # too far: the first steps overflow
+    trainer._share._step.scaling.value.assign(2.0**24)  # too far: the first steps overflow
     trainer.train()
     rows = read_metrics(tmp_path / "metrics.jsonl")
     skipped = rows[-1]["skipped"]
     assert 1 <= skipped < 6
-    assert trainer._share._step.loss_scale.numpy() == 2.0 ** (24 - skipped)
+    assert trainer._share._step.scaling.value.numpy() == 2.0 ** (24 - skipped)
     assert rows[-1]["cross_entropy"] < rows[0]["cross_entropy"]
 
 
@@ -161,6 +161,6 @@ def test_float16_gradients_are_those_of_float32(batch):
 
 def test_the_scale_doubles_after_many_good_steps(batch):
     _, step = step_of(train={"dtype_policy": "mixed_float16"})
-    step.good_steps.assign(1999)
+    step.scaling.good_steps.assign(1999)
     step.compiled(batch)
-    assert (step.loss_scale.numpy(), step.good_steps.numpy()) == (2.0**16, 0)
+    assert (step.scaling.value.numpy(), step.scaling.good_steps.numpy()) == (2.0**16, 0)

@@ -426,6 +426,7 @@ def _next_steps(result: RunResult) -> str:
         "\nWhat to try next\n"
         f"{pictures}"
         f"let it write ds-serve chat --raw {result.model}\n"
+        f"serve it     ds-serve serve {result.model}\n"
         f"inspect it   ds-model inspect {result.model}\n"
         "your text    ds-train init-config > train.toml\n"
         "             ds-train pretrain --config train.toml --data YOUR_FOLDER"

@@ -20,11 +20,9 @@ from ds_model import CausalLM
 from ds_moe import MixtureOfExperts, update_biases
 from ds_precision import fused_square_sum, use_kernels
 from ds_train.config import TrainConfig
+from ds_train.loss_scale import LossScale
 from ds_train.losses import pretraining_loss
 from ds_train.optimizer import AdamW
-
-# Loss scaling as mixed precision training has it (arXiv 1710.03740, section 3.2).
-_FIRST_SCALE, _GROWS_AFTER = 2.0**15, 2000
 
 
 class StepOutput(NamedTuple):
@@ -59,10 +57,7 @@ class TrainStep:
         config: Loss weights, clipping, accumulation.
 
     Attributes:
-        loss_scale: What the loss is multiplied by before the backward pass, float32. Fixed at 1
-            but in float16: there it halves when a gradient is not finite, and doubles after 2,000
-            steps without one.
-        good_steps: How many such steps there were, int32.
+        scaling: What the loss is multiplied by, and whether steps are skipped.
     """
 
     def __init__(self, model: CausalLM, optimizer: AdamW, config: TrainConfig) -> None:
@@ -70,11 +65,7 @@ class TrainStep:
         self._optimizer = optimizer
         self._config = config
         self._variables = list(model.trainable_variables)
-        self._scales_loss = config.train.dtype_policy == "mixed_float16"
-        self._skips = self._scales_loss or config.train.nonfinite == "skip"
-        first = _FIRST_SCALE if self._scales_loss else 1.0
-        self.loss_scale = tf.Variable(first, trainable=False, name="loss_scale")
-        self.good_steps = tf.Variable(0, trainable=False, name="good_steps")
+        self.scaling = LossScale(config.train)
         if not optimizer.built:
             optimizer.build(self._variables)
         self.compiled = tf.function(self.replica_step, autograph=False)
@@ -102,43 +93,30 @@ class TrainStep:
         if replicas > 1:
             gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
             scalars = context.all_reduce(tf.distribute.ReduceOp.MEAN, scalars)
-        if replicas > 1 and self._skips:
+        if replicas > 1 and self.scaling.skips:
             raise ValueError(
                 f"[train] nonfinite is 'skip' or dtype_policy float16 with {replicas} replicas; "
                 "one replica can skip steps"
             )
         # The optimizer scales the gradients as it reads them: no pass of its own for that.
-        share = 1.0 / (count * replicas * tf.convert_to_tensor(self.loss_scale))
+        share = 1.0 / (count * replicas * tf.convert_to_tensor(self.scaling.value))
         scale, norm = clip_scale(gradients, self._config.optimizer.clip_norm, share)
         scalars["gradient_norm"] = norm
         scalars["learning_rate"] = tf.cast(self._optimizer.learning_rate, tf.float32)
-        scalars["loss_scale"] = tf.identity(self.loss_scale)
+        scalars["loss_scale"] = tf.identity(self.scaling.value)
 
-        def update() -> tf.Tensor:
+        def update() -> None:
             step = tf.identity(self._optimizer.iterations)  # before the update counts one more
             # Keras' optimizer sums over replicas; these are already the same on all of them.
             self._optimizer.apply(gradients, scale=scale / replicas)
             balance(self._model.moe_layers, loads, self._config, step)
-            return tf.constant(1.0)
 
-        if self._skips:
-            finite = tf.math.is_finite(norm) & tf.math.is_finite(scalars["loss"])
-            scalars["applied"] = tf.cond(finite, update, lambda: tf.constant(0.0))
-            self._adjust_scale(finite)
-        else:
-            scalars["applied"] = update()
+        finite = tf.math.is_finite(norm) & tf.math.is_finite(scalars["loss"])
+        scalars["applied"] = self.scaling.guarded(finite, update)
+        self.scaling.adjust(finite)
         if replicas > 1 and loads:
             loads = context.all_reduce(tf.distribute.ReduceOp.SUM, loads)
         return StepOutput(scalars, tf.stack(loads) if loads else tf.zeros([0, 0]))
-
-    def _adjust_scale(self, finite: tf.Tensor) -> None:
-        if not self._scales_loss:
-            return
-        good = tf.where(finite, self.good_steps + 1, 0)
-        grows = good >= _GROWS_AFTER
-        factor = tf.where(finite, tf.where(grows, 2.0, 1.0), 0.5)
-        self.loss_scale.assign(tf.clip_by_value(self.loss_scale * factor, 1.0, 2.0**24))
-        self.good_steps.assign(tf.where(grows, 0, good))
 
     def _accumulate(self, tokens_NBS: tf.Tensor) -> _Sums:
         first = self._micro_batch(tokens_NBS[0])
@@ -174,7 +152,7 @@ class TrainStep:
                 mtp_weight(self._config, self._optimizer.iterations),
                 table.balance_alpha,
             )
-            scaled = loss * self.loss_scale if self._scales_loss else loss
+            scaled = self.scaling.scaled(loss)
         gradients = tape.gradient(
             scaled, self._variables, unconnected_gradients=tf.UnconnectedGradients.ZERO
         )

@@ -116,7 +116,7 @@ class Trainer:
         )
         log: list[Callback] = [MetricsLog(self.out / "metrics.jsonl", config.train.log_every)]
         self._probe = None
-        if config.train.watch_every:
+        if config.train.watch_every and everyone.rank == 0:
             loss = config.loss
             self._probe = StabilityProbe(self.model, loss.mtp_weight, loss.balance_alpha)
             log.append(StabilityLog(self.out / "stability.jsonl"))
@@ -263,13 +263,10 @@ class _WholeShare:
         return whole_contents(self.model, self._optimizer, average)
 
     def loss_scaling(self) -> dict[str, float]:
-        step = self._step
-        return {"scale": float(step.loss_scale.numpy()), "good_steps": int(step.good_steps.numpy())}
+        return self._step.scaling.state()
 
     def loaded(self, loss_scaling: dict[str, float]) -> None:
-        step = self._step
-        step.loss_scale.assign(loss_scaling.get("scale", step.loss_scale.numpy()))
-        step.good_steps.assign(loss_scaling.get("good_steps", 0))
+        self._step.scaling.restore(loss_scaling)
 
     def check_same(self, config: TrainConfig, data_sha256: str) -> None:
         """See that all ranks mean the same run: there is one."""

@@ -99,12 +99,13 @@ class RankShare:
         return {"model": weights, "optimizer": moments}
 
     def loss_scaling(self) -> dict[str, float]:
-        """Return how the loss is scaled: it is not."""
-        return {}
+        """Return how the loss is scaled."""
+        return self._step.scaling.state()
 
-    def loaded(self, loss_scaling: dict[str, float]) -> None:  # noqa: ARG002 - see above
+    def loaded(self, loss_scaling: dict[str, float]) -> None:
         """Take note that a checkpoint was read."""
         self._update.refresh()
+        self._step.scaling.restore(loss_scaling)
 
     @contextmanager
     def hears_of_stops(self) -> Iterator[None]:
@@ -181,15 +182,12 @@ def code_sha256() -> str:
 
 
 def _check_supported(config: TrainConfig) -> None:
-    train = config.train
-    alone = {
-        "nonfinite = 'skip'": train.nonfinite == "skip",
-        "dtype_policy = 'mixed_float16'": train.dtype_policy == "mixed_float16",
-        f"watch_every = {train.watch_every}": train.watch_every > 0,
-    }
-    for what, asked in alone.items():
-        if asked:
-            raise TrainConfigError(f"[train] {what} works in one process alone; take it out")
+    every, table = config.train.watch_every, config.parallel
+    if every and (table.pp > 1 or table.ep > 1):
+        raise TrainConfigError(
+            f"[train] watch_every = {every} looks at a whole model, which no rank has with pp = "
+            f"{table.pp} and ep = {table.ep}; take it out"
+        )
 
 
 def _range(numbers: tuple[int, ...]) -> str:

@@ -24,6 +24,7 @@ from ds_model import CausalLM, ModelOutput
 from ds_moe import Routing
 from ds_precision import WeightGradients, defer_weight_gradients
 from ds_train.config import TrainConfig
+from ds_train.loss_scale import LossScale
 from ds_train.losses import balance_loss, mtp_loss, next_token_loss
 from ds_train.parallel.layout import Layout
 from ds_train.parallel.schedules import Exchange, Slot, Work
@@ -46,6 +47,7 @@ class ParallelStep:
 
     Attributes:
         compiled: `step` as a graph.
+        scaling: what the loss is multiplied by, and whether steps are skipped.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class ParallelStep:
         self._layout = layout
         self._world = world
         self._program = layout.schedule.programs()[world.place.pp]
+        self.scaling = LossScale(config.train)
         self.compiled = tf.function(self.step, autograph=False)
 
     def step(self, tokens_GS: tf.Tensor, sizes: tuple[int, ...]) -> StepOutput:
@@ -78,13 +81,16 @@ class ParallelStep:
         iterations = tf.identity(self._update.optimizer.iterations)
         weight = mtp_weight(self._config, iterations)
         tokens_NBS = tf.split(tokens_GS, sizes)
-        run = _Micros(self._model, self._config, self._layout, self._world, weight, tokens_NBS)
+        run = _Micros(
+            self._model, self._config, self._layout, self._world, weight, self.scaling, tokens_NBS
+        )
         for item in self._program:
             if isinstance(item, Exchange):
                 run.exchange(item)
             else:
                 run.compute(item)
         count = len(sizes) * self._world.mesh.data_ranks
+        share = 1.0 / (count * tf.convert_to_tensor(self.scaling.value))
         reduced, squares = self._update.reduce(run.gradients)
         mine = tf.concat([[squares], run.parts, tf.reshape(run.loads, [-1])], axis=0)
         total = self._world.all.all_reduce(mine)
@@ -98,16 +104,25 @@ class ParallelStep:
             + weight * scalars["mtp_cross_entropy"]
             + table.balance_alpha * scalars["balance_loss"]
         )
-        norm = tf.sqrt(squares[0]) / count
-        scale = clip_to(norm, self._config.optimizer.clip_norm) / count
+        norm = share * tf.sqrt(squares[0])
+        scale = share * clip_to(norm, self._config.optimizer.clip_norm)
         optimizer = self._update.optimizer
         scalars["gradient_norm"] = norm
         scalars["learning_rate"] = tf.cast(optimizer.learning_rate, tf.float32)
-        scalars["loss_scale"] = scalars["applied"] = tf.constant(1.0)
-        self._update.apply(reduced, scale)
+        scalars["loss_scale"] = tf.identity(self.scaling.value)
         layers = zip(self._model.moe_layers, tf.unstack(loads), strict=True)
         here = [(layer, load) for layer, load in layers if layer.built]
-        balance([layer for layer, _ in here], [load for _, load in here], self._config, iterations)
+
+        def update() -> None:
+            self._update.apply(reduced, scale)
+            built, load = [layer for layer, _ in here], [load for _, load in here]
+            balance(built, load, self._config, iterations)
+
+        # The same on all ranks. What they exchange stands outside the branch, where order holds.
+        finite = tf.math.is_finite(norm) & tf.math.is_finite(scalars["loss"])
+        scalars["applied"] = self.scaling.guarded(finite, update)
+        self._update.share()
+        self.scaling.adjust(finite)
         return StepOutput(scalars, loads)
 
 
@@ -143,12 +158,14 @@ class _Micros:
         layout: Layout,
         world: World,
         mtp_weight: tf.Tensor,
+        scaling: LossScale,
         tokens_NBS: Sequence[tf.Tensor],
     ) -> None:
         self._model = model
         self._world = world
         self._layout = layout
         self._mtp_weight = mtp_weight
+        self._scaling = scaling
         self._balance_alpha = config.loss.balance_alpha
         self._recompute = config.train.recompute
         # Recomputed blocks run their forward pass within the backward one, all at once.
@@ -249,9 +266,8 @@ class _Micros:
                 losses.append(balance_loss(routings, tf.shape(tokens_BS)[0]))
                 if (share := tokens_BS.shape[0] / self._even) != 1:
                     losses = [share * loss for loss in losses]
-                results.append(
-                    losses[0] + self._mtp_weight * losses[1] + self._balance_alpha * losses[2]
-                )
+                loss = losses[0] + self._mtp_weight * losses[1] + self._balance_alpha * losses[2]
+                results.append(self._scaling.scaled(loss))
         self._forwards[work] = _Forward(tape, source, results, later)
         self._count(losses, places, routings)
         if work.stage != layout.last_stage:

@@ -104,7 +104,11 @@ class Update(ABC):
 
     @abstractmethod
     def apply(self, reduced: Sequence[tf.Tensor], scale: tf.Tensor) -> None:
-        """Do the update with gradients times `scale`."""
+        """Do the update with gradients times `scale`; exchanges nothing."""
+
+    @abstractmethod
+    def share(self) -> None:
+        """Give the others what is new here, and take what is new there."""
 
     @abstractmethod
     def moments(self) -> list[Piece]:
@@ -194,6 +198,9 @@ class WholeUpdate(Update):
         """Do the update; see `Update`."""
         self.optimizer.apply(reduced, self._weights, scale=scale)
 
+    def share(self) -> None:
+        """Do nothing: every holder has updated the same."""
+
     def refresh(self) -> None:
         """Do nothing: nothing else holds the weights' numbers."""
 
@@ -231,8 +238,11 @@ class ShardedUpdate(Update):
         return found, square_sum(found)
 
     def apply(self, reduced: Sequence[tf.Tensor], scale: tf.Tensor) -> None:
-        """Update this rank's share, then exchange what is new; see `Update`."""
+        """Update this rank's share; see `Update`."""
         self.optimizer.apply(reduced, self._updated, scale=scale)
+
+    def share(self) -> None:
+        """Exchange the shares; see `Update`."""
         for row, shard in zip(self._shared, self._shards, strict=True):
             whole = row.ranks.all_gather(tf.reshape(tf.convert_to_tensor(shard), [-1]))
             for weight, value in zip(row.weights, row.apart(whole), strict=True):
