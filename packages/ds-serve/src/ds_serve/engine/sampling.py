@@ -42,13 +42,6 @@ class Choice(NamedTuple):
     allowed: np.ndarray | tf.Tensor
     telling: np.ndarray | tf.Tensor
 
-    @property
-    def plain(self) -> bool:
-        """Whether each token is just the likeliest, and nobody asked for more."""
-        return not (
-            self.telling or self.numbers[:, 0].any() or len(self.changed) or len(self.allowed)
-        )
-
     @staticmethod
     def spec(vocabulary: int) -> Choice:
         """Return the types and known sizes, so that no call is traced anew."""
@@ -76,6 +69,14 @@ class Chosen(NamedTuple):
     logprobs: tf.Tensor
     likeliest: tf.Tensor
     likeliest_logprobs: tf.Tensor
+
+
+def is_plain(text: Text) -> bool:
+    """Say whether a text's next token is just the likeliest, and nobody asked for more."""
+    rules = text.rules
+    if rules.temperature or rules.logprobs is not None or text.matcher is not None:
+        return False
+    return not (rules.changes_logits and changes_of(text))
 
 
 def choice_for(rows: Sequence[tuple[Text, int]], vocabulary: int) -> Choice:

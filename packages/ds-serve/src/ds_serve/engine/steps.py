@@ -9,7 +9,7 @@ Letters: T tokens read, B texts, M blocks a table has room for, A tokens asked f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,14 @@ from tensorflow.python.eager import context
 
 from ds_attention import Pages
 from ds_model import PagedCache, draft_pages, read_pages
-from ds_serve.engine.sampling import Choice, Chosen, choice_for, choose, take_likeliest
+from ds_serve.engine.sampling import (
+    Choice,
+    Chosen,
+    choice_for,
+    choose,
+    is_plain,
+    take_likeliest,
+)
 from ds_serve.engine.scheduler import FEW, Piece, Plan
 from ds_serve.engine.text import Rules, Text, words_for
 
@@ -30,21 +37,26 @@ _NONE = np.zeros([0], np.int32)
 
 
 class Inputs(NamedTuple):
-    """One step's numbers, in as few tensors as can be: each costs ten microseconds.
+    """One step's numbers, in as few tensors as can be.
+
+    Each costs ten microseconds, and thrice that where the last step has taken the processor's
+    caches.
 
     Attributes:
-        integers: `[n]` int32: all of `_Step`'s and `Choice`'s, one after the other.
-        sizes: `[10]` int32: how many of each.
-        reals: `[m]` float32: `Choice.numbers`, then `Choice.changes`.
-        telling: scalar bool of `Choice`.
-        plain: whether each token is just the likeliest.
+        integers: `[10 + n]` int32: how many there are of each, then all of `_Step`'s and
+            `Choice`'s, one after the other; those of a choice are left out where it is plain.
+        reals: `[m]` float32: `Choice.numbers`, then `Choice.changes`; None where it is plain.
+        telling: scalar bool of `Choice`, likewise.
     """
 
     integers: tf.Tensor
-    sizes: tf.Tensor
-    reals: tf.Tensor
-    telling: tf.Tensor
-    plain: bool
+    reals: tf.Tensor | None = None
+    telling: tf.Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether each token is just the likeliest."""
+        return self.reals is None
 
 
 class _Step(NamedTuple):
@@ -105,15 +117,14 @@ class Steps:
         self.drafts = drafts
         self.cache = PagedCache(model, blocks, block_size, drafts)
         row, flag = tf.TensorSpec([None], tf.int32), tf.TensorSpec([], tf.bool)
-        spec = [row, tf.TensorSpec([_PARTS], tf.int32)]
         real = tf.TensorSpec([None], tf.float32)
         hidden = tf.TensorSpec([None, model.config.hidden_size], model.compute_dtype)
         logits = tf.TensorSpec([None, model.config.vocab_size], tf.float32)
-        self.plain = _Graph(self._all, *spec)
-        self._read = _Graph(self._reading, *spec)
-        self._choose = _Graph(self._choosing, logits, *spec, real, flag)
+        self.plain = _Graph(self._all, row)
+        self._read = _Graph(self._reading, row)
+        self._choose = _Graph(self._choosing, logits, row, real, flag)
         if drafts:
-            self._guess = _Graph(self._guessing, hidden, row, *spec)
+            self._guess = _Graph(self._guessing, hidden, row, row)
 
     def run(self, plan: Plan) -> Results:
         """Do one step."""
@@ -128,14 +139,14 @@ class Steps:
 
     def call(self, inputs: Inputs) -> Results:
         """Run the compiled graphs, and nothing else."""
-        integers, sizes, reals, telling, plain = inputs
-        if plain:
-            return self.plain(integers, sizes)
-        read = self._read(integers, sizes)
-        chosen = self._choose(read.logits, integers, sizes, reals, telling)
+        integers, reals, telling = inputs
+        if inputs.plain:
+            return self.plain(integers)
+        read = self._read(integers)
+        chosen = self._choose(read.logits, integers, reals, telling)
         drafts = tf.zeros([0], tf.int32)
         if self.drafts:
-            drafts = self._guess(read.all_hidden, chosen.tokens, integers, sizes)
+            drafts = self._guess(read.all_hidden, chosen.tokens, integers)
         return Results(chosen, drafts, read.hidden, read.experts)
 
     def warm_up(self, step_tokens: int) -> Iterator[float]:
@@ -196,27 +207,24 @@ class Steps:
             for ask in range(asks):
                 asked.append(len(tokens) - asks + ask)
                 rows.append((text, text.written + ask))
-        choice = choice_for(rows, self._model.config.vocab_size)
         parts = [tokens, following, slots, splits, tables, plan.copies, asked]
-        parts += [choice.seeds, choice.changed, choice.allowed]
-        flat = [np.asarray(part, np.int32).ravel() for part in parts]
+        if all(is_plain(text) for text, _ in rows):
+            return Inputs(_flat([*parts, _NONE, _NONE, _NONE]))
+        choice = choice_for(rows, self._model.config.vocab_size)
         reals = np.concatenate([choice.numbers.ravel(), choice.changes.ravel()])
         return Inputs(
-            tf.constant(np.concatenate(flat)),
-            tf.constant([len(part) for part in flat], tf.int32),
+            _flat([*parts, choice.seeds, choice.changed, choice.allowed]),
             tf.constant(reals),
             tf.constant(choice.telling),
-            choice.plain,
         )
 
     def _apart(
         self,
         integers: tf.Tensor,
-        sizes: tf.Tensor,
         reals: tf.Tensor | None = None,
         telling: tf.Tensor | None = None,
     ) -> _Step:
-        parts = tf.split(integers, sizes, num=_PARTS)
+        parts = tf.split(integers[_PARTS:], integers[:_PARTS], num=_PARTS)
         tokens, following, slots, splits, tables, copies, asked, seeds, changed, allowed = parts
         tables = tf.reshape(tables, [tf.size(splits) - 1, -1])
         pages = Pages(slots, splits, tables, tf.reshape(copies, [-1, 2]))
@@ -233,17 +241,17 @@ class Steps:
         )
         return _Step(tokens, following, pages, asked, choice)
 
-    def _all(self, integers: tf.Tensor, sizes: tf.Tensor) -> Results:
+    def _all(self, integers: tf.Tensor) -> Results:
         """Do a whole step in which each token is the likeliest."""
-        read = self._reading(integers, sizes)
+        read = self._reading(integers)
         chosen = take_likeliest(read.logits)
         drafts = tf.zeros([0], tf.int32)
         if self.drafts:
-            drafts = self._guessing(read.all_hidden, chosen.tokens, integers, sizes)
+            drafts = self._guessing(read.all_hidden, chosen.tokens, integers)
         return Results(chosen, drafts, read.hidden, read.experts)
 
-    def _reading(self, integers: tf.Tensor, sizes: tf.Tensor) -> _Read:
-        step = self._apart(integers, sizes)
+    def _reading(self, integers: tf.Tensor) -> _Read:
+        step = self._apart(integers)
         read = read_pages(self._model, step.tokens, step.pages, self.cache)
         hidden = tf.gather(read.hidden, step.asked)
         logits = self._model.head(hidden)
@@ -252,10 +260,8 @@ class Steps:
     def _choosing(self, logits: tf.Tensor, *inputs: tf.Tensor) -> Chosen:
         return choose(logits, self._apart(*inputs).choice)
 
-    def _guessing(
-        self, hidden: tf.Tensor, chosen: tf.Tensor, integers: tf.Tensor, sizes: tf.Tensor
-    ) -> tf.Tensor:
-        step = self._apart(integers, sizes)
+    def _guessing(self, hidden: tf.Tensor, chosen: tf.Tensor, integers: tf.Tensor) -> tf.Tensor:
+        step = self._apart(integers)
         # One more, so that there is something to gather where nothing was asked for.
         new = tf.concat([chosen, [0]], axis=0)
         known = tf.gather(new, tf.maximum(-1 - step.following, 0))
@@ -263,6 +269,12 @@ class Steps:
         deeper = draft_pages(self._model, hidden, ahead, step.pages, self.cache)
         guesses = self._model.head(tf.gather(deeper, step.asked))
         return tf.argmax(guesses, axis=-1, output_type=tf.int32)
+
+
+def _flat(parts: Sequence[Any]) -> tf.Tensor:
+    """Return `[10 + n]` int32: how many numbers each part has, then all of them."""
+    rows = [np.asarray(part, np.int32).ravel() for part in parts]
+    return tf.constant(np.concatenate([[len(row) for row in rows], *rows], dtype=np.int32))
 
 
 class _Read(NamedTuple):
