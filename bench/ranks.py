@@ -237,7 +237,7 @@ def measure_held(schedule: str, tokens: TokenFile) -> list[Held]:
     """Train on two pipeline ranks, with micro-batches of two sizes."""
     made = make_schedule(schedule, 2, MICRO)
     tensors, measured = (peaks_apart(schedule, tokens, given) for given in (ONE_BY_ONE, {}))
-    model = config_of({"accumulation": MICRO}, 1).model.build()
+    model = config_of(MESHES["one process"], 1).model.build()
     layout = Layout(model, Mesh(pp=2), made)
     points = []
     for rank in range(2):
