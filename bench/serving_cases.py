@@ -111,8 +111,8 @@ def prefix(model: str, shared: int) -> dict[str, Any]:
 def overhead(model: str, clients: int) -> dict[str, Any]:
     """Say what the engine adds to the compiled steps, and what one of them takes.
 
-    Each step that the engine did is done again by the graph alone, one after the other: a step that
-    is repeated at once finds the weights of its few experts in the processor's cache.
+    Each step that the engine did is done again by the graph alone, one after the other: one step
+    repeated would read the same few experts each time.
     """
     lm = CausalLM.from_pretrained(model, dtype="bfloat16")
     engine = started(lm, max_running=max(clients, 4), cache_tokens=clients * 1024 + 1024)

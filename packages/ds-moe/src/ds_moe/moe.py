@@ -91,7 +91,8 @@ class MixtureOfExperts(RestoresPolicy, keras.layers.Layer):
         """Let busy experts lie on several ranks, for inference; all ranks call this together.
 
         Weights move to where they are to lie, and do not train any more. May be called again, as
-        the load that is seen changes.
+        the load that is seen changes. A function that was traced before goes on with the weights
+        that it knew: trace it anew.
 
         Args:
             held: `[P]`: the expert that each copy is of, rank by rank; a row of

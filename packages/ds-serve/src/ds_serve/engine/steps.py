@@ -39,8 +39,7 @@ _NONE = np.zeros([0], np.int32)
 class Inputs(NamedTuple):
     """One step's numbers, in as few tensors as can be.
 
-    Each costs ten microseconds, and thrice that where the last step has taken the processor's
-    caches.
+    Each costs ten microseconds in a loop of its own, and more between steps.
 
     Attributes:
         integers: `[10 + n]` int32: how many there are of each, then all of `_Step`'s and
